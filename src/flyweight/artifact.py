@@ -1,0 +1,319 @@
+"""The disk contract: what a Flyweight folder holds, how it is written without ever being half there, how it is checked.
+
+A folder is an *artifact* when it has a `flyweight.json`. Entries of the recipe cache are artifacts too, without engines
+and measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flyweight.errors import ArtifactError, StorageError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "BlockShape",
+    "Engine",
+    "FileEntry",
+    "Manifest",
+    "Measurement",
+    "QuantizedTensor",
+    "StepRecord",
+    "Verdict",
+    "is_artifact",
+    "read_manifest",
+    "verify",
+    "write_folder",
+]
+
+FORMAT = 1
+MANIFEST = "flyweight.json"
+STORAGE_ERRNO = {
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    getattr(errno, "EDQUOT", -1),
+}
+FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Part):
+    """One file of the folder."""
+
+    sha256: str
+    bytes: int
+
+
+class BlockShape(_Part):
+    """What is left of one block.
+
+    heads:    for each attention of the block the original numbers of the heads kept (groups of query heads where keys
+              and values are shared by several)
+    neurons:  width of the MLP
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    neurons: int
+
+
+class QuantizedTensor(_Part):
+    """How one weight is packed; `name` in model.safetensors becomes `name.codes`, `.scale` and perhaps `.zero_point`.
+
+    transposed: the module keeps its weight as [in, out] (Conv1D); grids always run over [out, in].
+    """
+
+    shape: tuple[int, ...]
+    bits: int
+    scheme: Literal["symmetric", "asymmetric", "binary"]
+    granularity: Literal["tensor", "channel", "group"]
+    group_size: int | None = None
+    transposed: bool = False
+
+
+class Measurement(_Part):
+    """One figure. low, high: 95 % interval or spread as `method` says; n: how many samples it rests on."""
+
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    method: str
+
+
+class StepRecord(_Part):
+    """One step that was run: its settings, how long it took, and what it noted (losses, control run, what was removed)."""
+
+    name: str
+    settings: dict[str, Any]
+    seconds: float
+    notes: dict[str, Any] = {}
+
+
+class Verdict(_Part):
+    """Whether the acceptance rule was met, and the sentence that says so."""
+
+    accepted: bool
+    text: str
+
+
+class Engine(_Part):
+    """One exported form. Shapes and names are those of the file itself.
+
+    file:       path inside the artifact
+    inputs:     names, each [batch, length] int64
+    outputs:    names, in order
+    precision:  "fp32" | "int8-dynamic" | "weights-only"
+    parity:     largest relative difference to torch that the export check saw
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    precision: str
+    parity: float
+
+
+class Manifest(_Part):
+    """flyweight.json.
+
+    measurements: {"result" | "reference_torch" | "reference_onnxruntime": {key: Measurement}}; keys with a point
+    are parts, as in `latency_ms.p50@1x128` (batch x length) and `quality.accuracy`.
+    """
+
+    format: int = FORMAT
+    flyweight: str
+    created: str
+    task: str
+    labels: tuple[str, ...] | None = None
+    family: str
+    inputs: tuple[str, ...]
+    pad_token_id: int
+    max_length: int
+    blocks: dict[str, tuple[BlockShape, ...]] = {}
+    plain: bool = True
+    """True where AutoModel loads the folder without Flyweight."""
+    origin: str
+    """sha256 of the model that everything began with."""
+    seed: int = 0
+    steps: tuple[StepRecord, ...] = ()
+    versions: dict[str, str] = {}
+    quantized: dict[str, QuantizedTensor] = {}
+    activations: Literal["none", "dynamic"] = "none"
+    sparse: dict[str, str] = {}
+    """Weights stored as bitmask + values, with their pattern."""
+    engines: dict[str, Engine] = {}
+    environment: dict[str, Any] = {}
+    measurements: dict[str, dict[str, Measurement]] = {}
+    verdict: Verdict | None = None
+    files: dict[str, FileEntry] = Field(default={})
+
+
+def is_artifact(path: Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read flyweight.json without checking the files. Raises ArtifactError."""
+    path = Path(folder) / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"an artifact at {folder}", f"no {MANIFEST} there", "name a folder written by `flyweight compress`"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"a readable {path}", f"'{error}'", "fetch or make the artifact again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else "no object"
+        raise ArtifactError(f"format {FORMAT} in {path}", f"{found}", "use the Flyweight version that wrote it")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"a valid {path}", f"'{place}: {first['msg']}'", "fetch or make the artifact again"
+        ) from None
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and check size and sha256 of every file. Raises ArtifactError naming the first bad file."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    root = folder.resolve()
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.resolve().is_relative_to(root):
+            raise ArtifactError(f"{name} inside {folder}", "a path that leaves it", "do not use this artifact")
+        if not path.is_file():
+            raise ArtifactError(f"{name} in {folder}", "no such file", "fetch or make the artifact again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(f"{entry.bytes} bytes in {path}", f"{size}", "fetch or make the artifact again")
+        if file_hash(path) != entry.sha256:
+            raise ArtifactError(
+                f"{path} as it was written", "other content (sha256 differs)", "fetch or make the artifact again"
+            )
+    return manifest
+
+
+def file_hash(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file below `folder` except the manifest itself. Raises ArtifactError for pickles and code."""
+    entries = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_dir() or path.name == MANIFEST:
+            continue
+        if path.suffix in FORBIDDEN:
+            raise ArtifactError("only safetensors, ONNX, JSON and text in an artifact", f"{path.name}", "remove it")
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=file_hash(path), bytes=path.stat().st_size)
+    return entries
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash the folder's files into the manifest and write it. Returns what was written."""
+    written = manifest.model_copy(update={"files": file_entries(folder)})
+    (Path(folder) / MANIFEST).write_text(
+        written.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8"
+    )
+    return written
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Called before long work, so that it is not lost at the end. Raises ArtifactError."""
+    if not out.exists():
+        return
+    if out.is_file() or (any(out.iterdir()) and not overwrite):
+        kind = "a file" if out.is_file() else "a folder with files in it"
+        raise ArtifactError(f"a new folder at {out}", kind, "choose another --out, or pass --overwrite")
+    if any(out.iterdir()) and not is_artifact(out):
+        raise ArtifactError(
+            f"an artifact to overwrite at {out}", "a folder that Flyweight did not write", "choose another --out"
+        )
+
+
+@contextlib.contextmanager
+def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a temporary sibling; on success fsync it and rename it to `out`; on any failure remove it.
+
+    The old `out` stays whole until the new one is complete. Raises ArtifactError when `out` is in the way and
+    StorageError when the disk is full or read-only.
+    """
+    out = Path(out).absolute()
+    refuse_existing(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    except OSError as error:
+        raise _storage(out, error) from None
+    try:
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            _swap(temporary, out)
+        except OSError as error:
+            if error.errno in STORAGE_ERRNO:
+                raise _storage(out, error) from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(new, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    os.rename(out, old / out.name)
+    try:
+        os.rename(new, out)
+    except OSError:
+        os.rename(old / out.name, out)  # should this fail too, the old one stays under its .old name
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # a folder cannot be fsynced there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(PermissionError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage(out: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"room and permission to write {out}",
+        f"'{error.strerror or error}'",
+        "free space or choose another --out; nothing was changed",
+    )

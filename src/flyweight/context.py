@@ -1,0 +1,66 @@
+"""What a step may use beside the model: data, teacher, seed, a folder for resumable state, a place for notes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from flyweight.data import Examples
+from flyweight.tasks.task import Task
+
+if TYPE_CHECKING:
+    from flyweight.models.bundle import Bundle
+
+__all__ = ["Context", "NoProgress", "Progress"]
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Tells a person how far long work is. The command line draws bars on stderr."""
+
+    def track(self, items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+        """Yield `items` while showing `what`, the share done and the time left."""
+
+    def note(self, text: str) -> None:
+        """One line, e.g. the loss so far."""
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def track(self, items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+        yield from items
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@dataclass
+class Context:
+    """Handed to every step.
+
+    train, validation: labelled examples (None where the user gave none); the held-out `eval` file is not here on purpose
+    unlabelled:  further texts for distillation, or None
+    reference:   gives the model after `finetune`, the default teacher
+    load:        opens another model folder or artifact for the same task (teacher, student)
+    work:        folder for checkpoints; it survives a killed run and is removed when the step is done
+    notes:       JSON that goes into the artifact's record of this step (curves, control run, what was removed)
+    device:      "cpu", "cuda", ...; by default what accelerate finds
+    """
+
+    task: Task
+    seed: int
+    work: Path
+    reference: Callable[[], Bundle]
+    load: Callable[[str], Bundle]
+    train: Examples | None = None
+    validation: Examples | None = None
+    unlabelled: Examples | None = None
+    progress: Progress = field(default_factory=NoProgress)
+    notes: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    teacher_cache: Path | None = None
+    """Folder of cached teacher outputs, named by content hash."""

@@ -1,0 +1,1 @@
+"""Engines export a finished model and run it; they never change what it computes."""

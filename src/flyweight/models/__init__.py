@@ -1,0 +1,1 @@
+"""Models in torch: where their parts are, how they are loaded, saved and cut."""

@@ -1,0 +1,245 @@
+"""Every setting there is. One frozen class a step; its fields are the flags, the YAML keys and the reference pages.
+
+Nothing here imports torch: listing steps and printing help must stay cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flyweight.errors import SettingsError, nearest
+
+__all__ = [
+    "Accept",
+    "DataSettings",
+    "DistillSettings",
+    "FinetuneSettings",
+    "MeasureSettings",
+    "PruneSettings",
+    "QuantizeSettings",
+    "Settings",
+    "TrainSettings",
+]
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Frozen, validated, closed: unknown keys are refused and the nearest known one is suggested."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Validate `values`; `where` is the YAML path or the command that they came from.
+
+        Raises SettingsError naming the first wrong key as `where.key`.
+        """
+        for key in values:
+            if key not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise SettingsError(
+                    f"one of the keys of {where}", f"'{key}'{nearest(str(key), cls.model_fields)}", f"known: {known}"
+                )
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in (where, *first["loc"]))
+            text = first["msg"].removeprefix("Value error, ")
+            given = first["input"]
+            got = "" if isinstance(given, Mapping | BaseModel) else f", got {given!r}"
+            raise SettingsError(f"{place}: {text[0].lower()}{text[1:]}{got}") from None
+
+
+class TrainSettings(Settings):
+    """What every gradient method shares (see `flyweight.training`)."""
+
+    epochs: float = Field(3.0, ge=0)
+    """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; biases and norms are exempt."""
+    warmup: Share = 0.1
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    evaluations_per_epoch: int = Field(1, ge=1)
+    """How often the validation metric is taken; the best checkpoint is kept."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many evaluations without a better one."""
+
+
+class FinetuneSettings(TrainSettings):
+    """Train all weights on the labelled data."""
+
+
+class DistillSettings(TrainSettings):
+    """Train a student to answer as its teacher does (Hinton et al. 2015).
+
+    Loss: (1-alpha) * CE(y, student) + alpha * T^2 * KL(softmax(teacher/T) || softmax(student/T)), batch mean,
+    + hidden_weight * MSE(projected student hidden states, teacher hidden states).
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    teacher: str = "reference"
+    """`reference` (the model after `finetune`), or a model folder or artifact with the same vocabulary and labels."""
+    student: str | None = None
+    """A model folder to start from; by default the student is made from the model at hand by `layers`."""
+    layers: Literal["all", "every-other"] | tuple[int, ...] = "all"
+    """Layers that the student keeps: `all`, `every-other`, or a list of numbers from 0."""
+    temperature: float = Field(2.0, gt=0)
+    """T: softens both distributions."""
+    alpha: Share = 0.7
+    """Weight of the teacher's answer against the label; 1 needs no labels."""
+    hidden_weight: float = Field(0.0, ge=0)
+    """Weight of the hidden-state loss (TinyBERT, Jiao et al. 2020, section 3.1); 0 leaves it out."""
+    layer_map: tuple[int, ...] | None = None
+    """For each student layer the teacher layer it imitates; by default spread evenly."""
+    unlabelled: Path | None = None
+    """A file of further texts without labels; they take part in the teacher's half of the loss."""
+    control: bool = False
+    """Train the same student for the same steps without the teacher as well, and report both."""
+
+
+class PruneSettings(TrainSettings):
+    """Remove weights, heads, neurons or layers.
+
+    The training settings matter with `schedule: cubic`, where the model trains while it shrinks.
+    """
+
+    target: Literal["weights", "heads", "neurons", "layers"] = "weights"
+    """What is removed. Heads, neurons and layers go physically; weights are stored as bitmask + values."""
+    amount: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share to remove."""
+    threshold: float | None = Field(None, gt=0)
+    """`target: weights` only: remove what is smaller in magnitude than this."""
+    criterion: Literal["magnitude", "random", "taylor"] = "magnitude"
+    """`magnitude` = L1 norm; `taylor` = |gradient x weight| on the user's data (Michel et al. 2019; Molchanov et al. 2017)."""
+    scope: Literal["layer", "global"] = "layer"
+    """Compare scores within each layer (all layers end alike) or over all layers."""
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    """`2:4` keeps the two largest of every four weights along the input."""
+    gradual: Literal["one-shot", "cubic"] = "one-shot"
+    """`cubic`: the share grows as s(t) = amount * (1 - (1 - t)^3) in training (Zhu and Gupta 2017, eq. 1)."""
+    samples: int = Field(512, ge=1)
+    """Training examples that Taylor scores are taken on."""
+    multiple_of: int = Field(1, ge=1)
+    """Neurons kept per layer are rounded up to a multiple of this; kernels like 8 or 16."""
+    skip: tuple[str, ...] = ()
+    """Name patterns (`*.layer.0.*`) of weights to leave whole; `target: weights` only."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.target != "weights":
+            if self.amount is None:
+                raise ValueError(f"target {self.target} needs an amount between 0 and 1")
+            for name in ("threshold", "skip"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} goes with target weights only")
+            if self.pattern != "unstructured":
+                raise ValueError("pattern 2:4 goes with target weights only")
+        elif self.pattern == "2:4":
+            if self.threshold is not None or self.amount not in (None, 0.5):
+                raise ValueError("pattern 2:4 removes exactly half: leave out amount and threshold")
+        elif (self.amount is None) == (self.threshold is None):
+            raise ValueError("target weights needs either an amount or a threshold")
+        if self.target == "weights" and self.criterion == "taylor":
+            raise ValueError("criterion taylor goes with heads, neurons and layers")
+        if self.gradual == "cubic" and (self.target == "layers" or self.amount is None):
+            raise ValueError("gradual cubic needs an amount and target weights, heads or neurons")
+        return self
+
+
+class QuantizeSettings(Settings):
+    """Store weights in k bits, by rounding to the nearest point of a grid."""
+
+    bits: int = Field(8, ge=1, le=8)
+    """Bits a weight."""
+    scheme: Literal["symmetric", "asymmetric", "binary"] = "symmetric"
+    """`symmetric`: no zero-point; `asymmetric`: with zero-point; `binary`: sign times mean(|W|), one bit (Rastegari et al. 2016, eq. 6)."""
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    """What shares one scale: the tensor, an output channel, or `group_size` inputs of one channel."""
+    group_size: int = Field(64, ge=2)
+    """Weights a group; it must divide the number of inputs."""
+    activations: Literal["none", "dynamic"] = "dynamic"
+    """`dynamic`: inputs of quantized linears become int8 at run time, and integer kernels run; `none`: weights only."""
+    embeddings: int | None = Field(8, ge=1, le=8)
+    """Bits of embedding tables, per row (half of a small encoder); none leaves them in float."""
+    skip: tuple[str, ...] = ()
+    """Name patterns (`classifier*`) of modules to leave in float."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scheme == "binary" and self.bits != 1:
+            raise ValueError("scheme binary has exactly 1 bit: set bits to 1")
+        if self.scheme == "symmetric" and self.bits == 1:
+            raise ValueError("a symmetric grid of 1 bit has a single point: use scheme binary or asymmetric")
+        if self.activations == "dynamic" and self.granularity == "group":
+            raise ValueError("groups have no integer kernel with dynamic activations: set activations to none")
+        return self
+
+
+class DataSettings(Settings):
+    """Where the examples are and how to read them."""
+
+    train: Path | None = None
+    """Training examples: .jsonl, .csv, .parquet, or a folder written by `datasets`."""
+    eval: Path | None = None
+    """Held-out examples; nothing is tuned on them."""
+    validation: Path | None = None
+    """Examples for early stopping; by default `validation_share` of the training examples, chosen by hash."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training examples held back for early stopping."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text, for pairs."""
+    label: str = "label"
+    """Column of the label."""
+    max_length: int | None = Field(None, ge=4)
+    """Longest input in tokens; by default the model's own limit."""
+    truncate: bool = False
+    """Cut texts that are longer than `max_length` instead of refusing them."""
+
+
+class Accept(Settings):
+    """The acceptance rule, held against the 95 % lower bound of the paired difference to the reference."""
+
+    quality: float | None = Field(None, gt=0, le=1)
+    """Keep at least this share of the reference's quality, e.g. 0.99."""
+    max_drop: float | None = Field(None, ge=0, lt=1)
+    """Lose at most this much of the metric, e.g. 0.01 for one point of accuracy."""
+
+
+class MeasureSettings(Settings):
+    """What is measured and on what terms."""
+
+    threads: int = Field(1, ge=1)
+    """CPU threads of the engine."""
+    batches: tuple[int, ...] = (1, 32)
+    """Batch sizes at which latency is taken."""
+    lengths: tuple[int, ...] = (32, 128)
+    """Input lengths in tokens at which latency is taken."""
+    rounds: int = Field(30, ge=3)
+    """Interleaved rounds a point (A B A B ...)."""
+    price_per_hour: float = Field(0.10, ge=0)
+    """Price of the machine an hour, for `cost_per_million`."""
+    watts_per_core: float = Field(10.0, gt=0)
+    """Assumed power of a busy core, where no energy counter can be read."""
+    grams_per_kwh: float = Field(480.0, ge=0)
+    """Carbon intensity of the grid in g CO2e per kWh."""
+    include_samples: bool = False
+    """Let rows of the evaluation data appear in the report (off: no row of yours leaves your files)."""
