@@ -287,14 +287,14 @@ def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _swap(new: Path, out: Path) -> None:
     if not out.exists():
-        os.rename(new, out)
+        new.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    os.rename(out, old / out.name)
+    out.rename(old / out.name)
     try:
-        os.rename(new, out)
+        new.rename(out)
     except OSError:
-        os.rename(old / out.name, out)  # should this fail too, the old one stays under its .old name
+        (old / out.name).rename(out)  # should this fail too, the old one stays under its .old name
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -82,8 +82,8 @@ def _row(where: str, record: dict[str, Any], columns: Columns) -> Row:
                 f"the columns {', '.join(map(repr, record))}{nearest(name, record)}",
                 "name it with --text, --text-pair or --label",
             )
-    texts = [record[columns.text], record[columns.text_pair] if columns.text_pair else ""]
-    for name, text in zip((columns.text, columns.text_pair), texts, strict=True):
+    texts = [record[name] for name in (columns.text, columns.text_pair) if name is not None]
+    for text, name in zip(texts, columns.names(), strict=False):
         if not isinstance(text, str):
             raise DataError(f"text in column '{name}' at {where}", f"{type(text).__name__}", "mend or drop the row")
     if not texts[0].strip():

@@ -169,7 +169,7 @@ class QuantizeSettings(Settings):
     bits: int = Field(8, ge=1, le=8)
     """Bits a weight."""
     scheme: Literal["symmetric", "asymmetric", "binary"] = "symmetric"
-    """`symmetric`: no zero-point; `asymmetric`: with zero-point; `binary`: sign times mean(|W|), one bit (Rastegari et al. 2016, eq. 6)."""
+    """`symmetric`: no zero-point; `asymmetric`: with one; `binary`: sign x mean(|W|) (Rastegari et al. 2016, eq. 6)."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """What shares one scale: the tensor, an output channel, or `group_size` inputs of one channel."""
     group_size: int = Field(64, ge=2)

@@ -40,6 +40,7 @@ class Bundle:
     quantized:   {parameter name: Codes}; the parameter itself then holds the dequantized values
     activations: "dynamic" where inputs of quantized linears become int8 at run time
     sparse:      {parameter name: pattern} of weights pruned to zero; their zeros stay zero in training
+    fresh_head:  the head was made by `load` and knows nothing yet; `finetune` clears it
     origin:      sha256 of the model folder that everything began with
     steps:       what was done so far
     """
@@ -53,6 +54,7 @@ class Bundle:
     quantized: dict[str, Codes] = field(default_factory=dict)
     activations: Literal["none", "dynamic"] = "none"
     sparse: dict[str, str] = field(default_factory=dict)
+    fresh_head: bool = False
     origin: str = ""
     steps: tuple[StepRecord, ...] = ()
 

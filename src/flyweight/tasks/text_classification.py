@@ -56,10 +56,11 @@ class TextClassification:
                     "mend the row, or train with this label",
                 )
             classes.append(number[name])
-        return pack(encoded, np.asarray(classes, np.int64) if classes else None)
+        return pack(encoded, classes or None)
 
     def scores(self, outputs: Array, examples: Examples) -> Array:
-        return (outputs.argmax(-1) == examples.labels).astype(np.float32)
+        right: Array = (outputs.argmax(-1) == examples.labels).astype(np.float32)
+        return right
 
     def metrics(self, outputs: Array, examples: Examples) -> dict[str, float]:
         assert examples.labels is not None

@@ -1,0 +1,110 @@
+"""The cache of recipe prefixes: one artifact folder a content hash, a size cap, the least recently used go first.
+
+    <cache>/prefixes/<key>/   a finished step's model (an artifact without engines)
+    <cache>/work/<key>/       checkpoints of a step that is not finished yet
+    <cache>/teachers/         teacher outputs by content hash
+
+Where it is: FLYWEIGHT_CACHE, else the system's cache folder. Its cap: FLYWEIGHT_CACHE_GB, else 20.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from flyweight.artifact import MANIFEST
+from flyweight.errors import SettingsError
+
+__all__ = ["Cache", "Entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing in the cache. kind: "prefixes" | "work" | "teachers"; used: seconds since the epoch of its last use."""
+
+    kind: str
+    key: str
+    path: Path
+    bytes: int
+    used: float
+
+
+class Cache:
+    """A folder; several processes may use it at once, since entries appear by rename only."""
+
+    KINDS = ("prefixes", "work", "teachers")
+
+    def __init__(self, root: Path | None = None) -> None:
+        named = root or os.environ.get("FLYWEIGHT_CACHE")
+        self.root = Path(named) if named else Path(platformdirs.user_cache_dir("flyweight", appauthor=False))
+
+    @staticmethod
+    def cap() -> int:
+        """Bytes. Raises SettingsError when FLYWEIGHT_CACHE_GB is not a number."""
+        text = os.environ.get("FLYWEIGHT_CACHE_GB", "20")
+        try:
+            return int(float(text) * 1e9)
+        except ValueError:
+            raise SettingsError(
+                "a number of gigabytes in FLYWEIGHT_CACHE_GB", repr(text), "set it to e.g. 20"
+            ) from None
+
+    def prefix(self, key: str) -> Path:
+        return self.root / "prefixes" / key
+
+    def work(self, key: str) -> Path:
+        return self.root / "work" / key
+
+    @property
+    def teachers(self) -> Path:
+        return self.root / "teachers"
+
+    def found(self, key: str) -> bool:
+        """Whether the prefix is there; marks it as used."""
+        path = self.prefix(key)
+        if not (path / MANIFEST).is_file():
+            return False
+        os.utime(path)
+        return True
+
+    def entries(self) -> Iterator[Entry]:
+        for kind in self.KINDS:
+            folder = self.root / kind
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                size = (
+                    sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                    if path.is_dir()
+                    else path.stat().st_size
+                )
+                yield Entry(kind, path.name, path, size, path.stat().st_mtime)
+
+    def trim(self, keep: frozenset[str] = frozenset()) -> int:
+        """Remove the least recently used entries until the cap holds; returns the bytes freed. `keep`: keys in use."""
+        found = sorted(self.entries(), key=lambda entry: entry.used)
+        over = sum(entry.bytes for entry in found) - self.cap()
+        freed = 0
+        for entry in found:
+            if freed >= over:
+                break
+            recent = entry.kind == "work" and time.time() - entry.used < 86_400  # may belong to a run in progress
+            if entry.key not in keep and not recent:
+                freed += remove(entry)
+        return freed
+
+    def clear(self) -> int:
+        """Remove everything; returns the bytes freed."""
+        return sum(remove(entry) for entry in list(self.entries()))
+
+
+def remove(entry: Entry) -> int:
+    if entry.path.is_dir():
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        entry.path.unlink(missing_ok=True)
+    return entry.bytes
