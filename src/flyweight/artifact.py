@@ -78,7 +78,8 @@ class BlockShape(_Part):
 class QuantizedTensor(_Part):
     """How one weight is packed; `name` in model.safetensors becomes `name.codes`, `.scale` and perhaps `.zero_point`.
 
-    transposed: the module keeps its weight as [in, out] (Conv1D); grids always run over [out, in].
+    shape:      [out, in], also where the module keeps its weight as [in, out]
+    transposed: the module does that (Conv1D); grids always run over [out, in].
     """
 
     shape: tuple[int, ...]
