@@ -17,6 +17,7 @@ class Attention:
     counts:       attributes of `module` that hold the number of query heads
     widths:       attributes of `module` that hold heads x head size
     head_dim:     attribute of `module` with the size of one head
+    zero_bias:    argument that hands zeros shaped by one block's heads to the next block (T5's cross-attention)
     """
 
     module: str
@@ -27,6 +28,7 @@ class Attention:
     head_dim: str
     counts: tuple[str, ...] = ()
     widths: tuple[str, ...] = ()
+    zero_bias: str | None = None
 
     @property
     def fused(self) -> bool:
@@ -47,9 +49,9 @@ class Mlp:
 
 @dataclass(frozen=True)
 class SharedBias:
-    """A position bias [buckets, heads] that all blocks of a stack add to their scores.
+    """A position bias [buckets, heads] that the first attention of all blocks of a stack adds to its scores.
 
-    table:    path of the embedding, relative to the stack's base, or to its first block where `in_block`
+    table:    path of the embedding below the base model, or below the first block where `in_block`
     argument: name of the attention module's argument that carries the bias [batch, heads, query, key]
     returned: index of the bias in what the attention module returns, or None (T5 hands it from block to block)
     """
