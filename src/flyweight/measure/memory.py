@@ -1,0 +1,113 @@
+"""Peak memory of a fresh process that loads a model and answers: what a service needs, not what is left of this process.
+
+`python -m flyweight.measure.memory FOLDER ENGINE THREADS BATCH LENGTH VOCABULARY` is the process that is watched.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flyweight.artifact import Measurement
+from flyweight.engines.engine import engine_named
+from flyweight.errors import EngineError
+from flyweight.measure.latency import Point, random_arrays
+
+__all__ = ["Load", "peak_memory", "tree_memory"]
+
+PERIOD_S = 0.01
+RUNS = 5
+Load = tuple[Path, str]
+"""A folder and the name of the engine that opens it."""
+
+
+def peak_memory(
+    load: Load, point: Point, vocabulary: int, threads: int = 1, repeats: int = 3, timeout_s: float = 600.0
+) -> Measurement:
+    """Largest memory of the process tree over loading and running, sampled about every 10 ms.
+
+    The value is the median over `repeats` fresh processes; low and high are the smallest and the largest.
+    Raises EngineError when the process fails, with the last line that it wrote.
+    """
+    folder, engine = load
+    arguments = [str(folder), engine, str(threads), *map(str, point), str(vocabulary)]
+    peaks = sorted(_watch(arguments, timeout_s) for _ in range(repeats))
+    return Measurement(
+        value=float(peaks[len(peaks) // 2][0]),
+        unit="B",
+        low=float(peaks[0][0]),
+        high=float(peaks[-1][0]),
+        n=repeats,
+        method=f"peak {peaks[0][1].upper()} of a fresh process tree that loads with {engine} and runs {point}, "
+        "sampled every 10 ms; median, smallest and largest",
+    )
+
+
+def tree_memory(process: psutil.Process) -> tuple[int, str]:
+    """(bytes, "pss" | "uss" | "rss") of a process and all below it; PSS counts shared pages by share, so sums are true."""
+    total, kind = 0, "pss"
+    for one in [process, *process.children(recursive=True)]:
+        used, found = _memory(one)
+        total += used
+        kind = found if used else kind
+    return total, kind
+
+
+def _memory(process: psutil.Process) -> tuple[int, str]:
+    try:
+        full: Any = process.memory_full_info()
+        for kind in ("pss", "uss"):
+            if hasattr(full, kind):
+                return int(getattr(full, kind)), kind
+        return int(full.rss), "rss"
+    except psutil.AccessDenied:
+        return int(process.memory_info().rss), "rss"
+    except psutil.Error:  # it has ended meanwhile
+        return 0, "pss"
+
+
+def _watch(arguments: list[str], timeout_s: float) -> tuple[int, str]:
+    command = [sys.executable, "-P", "-m", "flyweight.measure.memory", *arguments]
+    peak, kind, end = 0, "pss", time.monotonic() + timeout_s
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said) as child:
+        watched = psutil.Process(child.pid)
+        try:
+            while child.poll() is None:
+                if time.monotonic() > end:
+                    raise EngineError(f"a memory run of at most {timeout_s:g} s", "a longer one", "use smaller inputs")
+                try:
+                    used, found = tree_memory(watched)
+                except psutil.Error:
+                    break
+                if used > peak:
+                    peak, kind = used, found
+                time.sleep(PERIOD_S)
+        finally:
+            if child.poll() is None:
+                child.kill()
+        if child.wait() != 0:
+            said.seek(0)
+            last = said.read().decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+            raise EngineError(f"{arguments[1]} to run {arguments[0]} in a fresh process", f"'{last[0]}'")
+    return peak, kind
+
+
+def main(arguments: list[str]) -> None:
+    folder, engine, *numbers = arguments
+    threads, batch, length, vocabulary = map(int, numbers)
+    predictor = engine_named(engine).open(Path(folder), threads)
+    arrays = random_arrays(Point(batch, length), vocabulary, seed=0)
+    for _ in range(RUNS):
+        predictor.run(arrays)
+    time.sleep(5 * PERIOD_S)  # let the watcher see the last state
+    predictor.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
