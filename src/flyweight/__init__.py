@@ -10,22 +10,43 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# public name -> its module; "!" marks those that need the extra `compress`
 _WHERE = {
     "Bundle": "flyweight.models.bundle",
     "FlyweightError": "flyweight.errors",
+    "Interrupted": "flyweight.errors",
     "Manifest": "flyweight.artifact",
     "Measurement": "flyweight.artifact",
     "Recipe": "flyweight.recipe",
+    "Session": "flyweight.runtime",
+    "compare": "flyweight.compare",
+    "compress": "!flyweight.api",
+    "distill": "!flyweight.api",
+    "evaluate": "flyweight.compare",
+    "finetune": "!flyweight.api",
+    "inspect": "!flyweight.inspection",
+    "open_model": "flyweight.runtime",
+    "plan": "!flyweight.api",
+    "prune": "!flyweight.api",
+    "quantize": "!flyweight.api",
+    "read_recipe": "flyweight.recipe",
+    "run_recipe": "!flyweight.api",
     "verify": "flyweight.artifact",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'flyweight' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    where = _WHERE[name]
+    if where.startswith("!"):
+        from flyweight.extras import need
+
+        need("torch", f"{name} models")
+        need("transformers", f"{name} models")
+    return getattr(importlib.import_module(where.removeprefix("!")), name)
 
 
 def __dir__() -> list[str]:

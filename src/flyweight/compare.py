@@ -1,0 +1,132 @@
+"""Quality of one model, and all figures of several side by side. Artifacts need the base install alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from flyweight.artifact import is_artifact, verify
+from flyweight.context import NoProgress, Progress
+from flyweight.engines.engine import Predictor, engine_named
+from flyweight.errors import ArtifactError, SettingsError
+from flyweight.extras import need
+from flyweight.measure.quality import answers, quality, resamples
+from flyweight.measure.suite import Candidate, Figures, Labelled, measure
+from flyweight.settings import DataSettings, MeasureSettings
+from flyweight.splits import read_labelled
+from flyweight.tasks import Task, task_named
+from flyweight.tokenization import Encoder, open_encoder
+
+__all__ = ["compare", "evaluate"]
+
+# what only torch can count; an artifact carries it in its manifest
+STATIC = ("parameters", "nonzero_parameters", "flops", "bytes.")
+
+
+class Opened:
+    """What is needed of a model to feed it: task, encoder, labels, and how to make its predictor."""
+
+    def __init__(self, path: Path, engine: str, threads: int, data: DataSettings) -> None:
+        self.path, self.engine, self.threads = path, engine, threads
+        self.known: Figures = {}
+        if is_artifact(path):
+            self._artifact(data)
+        else:
+            self._model(data)
+
+    task: Task
+    encoder: Encoder
+    labels: tuple[str, ...] | None
+    open: Callable[[], Predictor]
+
+    def _artifact(self, data: DataSettings) -> None:
+        manifest = verify(self.path)
+        length = min(manifest.max_length, data.max_length or manifest.max_length)
+        self.task, self.labels = task_named(manifest.task), manifest.labels
+        self.encoder = open_encoder(self.path, manifest.pad_token_id, length, data.truncate)
+        self.open = partial(engine_named(self.engine).open, self.path, threads=self.threads)
+        figures = manifest.measurements.get("result", {})
+        self.known = {key: figure for key, figure in figures.items() if key.startswith(STATIC)}
+
+    def _model(self, data: DataSettings) -> None:
+        need("torch", f"run {self.path}, which is not an artifact")
+        need("transformers", f"run {self.path}, which is not an artifact")
+        from flyweight.engines.torch import predictor
+        from flyweight.inspection import open_bundle, static_figures
+
+        bundle = open_bundle(str(self.path), data)
+        self.engine, self.path = "torch", Path(self.path)
+        self.task, self.encoder, self.labels = task_named(bundle.task), bundle.encoder, bundle.labels
+        self.open = lambda: predictor(bundle, self.threads)
+        self.known = static_figures(bundle)
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Path,
+    *,
+    settings: DataSettings | None = None,
+    engine: str = "onnxruntime",
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Figures:
+    """Quality of an artifact or a model with a head on labelled data: {"quality.accuracy": Measurement, ...}.
+
+    Raises DataError, ArtifactError, ModelError; SettingsError where the task has no labels to judge by.
+    """
+    settings = settings or DataSettings()
+    opened = Opened(Path(path), engine, threads, settings)
+    if not opened.task.labelled:
+        raise SettingsError("a task with labels", f"'{opened.task.name}'", "use `flyweight compare` with its reference")
+    examples = read_labelled(Path(data), settings, opened.task, opened.encoder, opened.labels)
+    predictor = opened.open()
+    try:
+        outputs = answers(predictor, examples, opened.encoder.pad, progress=progress or NoProgress())
+    finally:
+        predictor.close()
+    return quality(opened.task, outputs, examples, resamples(opened.task, outputs, examples))
+
+
+def compare(
+    paths: Sequence[str | Path],
+    data: str | Path | None = None,
+    *,
+    settings: DataSettings | None = None,
+    measured: MeasureSettings | None = None,
+    engine: str = "onnxruntime",
+    progress: Progress | None = None,
+) -> dict[str, Figures]:
+    """All figures of several artifacts (or models), interleaved in one run; the first is what the others are told against.
+
+    Raises ArtifactError, ModelError, DataError; SettingsError where their tasks or labels differ.
+    """
+    if not paths:
+        raise SettingsError("at least one path to compare", "none", "name artifacts or model folders")
+    settings, measured = settings or DataSettings(), measured or MeasureSettings()
+    names = short_names([Path(path) for path in paths])
+    opened = {name: Opened(Path(p), engine, measured.threads, settings) for name, p in zip(names, paths, strict=True)}
+    first = opened[names[0]]
+    candidates = {}
+    for name, one in opened.items():
+        if one.task.name != first.task.name or set(one.labels or ()) != set(first.labels or ()):
+            raise ArtifactError(
+                f"models of one task and the same labels ({first.task.name}, {', '.join(first.labels or ()) or 'none'})",
+                f"{one.task.name}, {', '.join(one.labels or ()) or 'none'} in {one.path}",
+                "compare like with like",
+            )
+        labelled = None
+        if data is not None and one.task.labelled:
+            examples = read_labelled(Path(data), settings, one.task, one.encoder, one.labels)
+            labelled = Labelled(one.task, examples, one.encoder.pad)
+        size = one.encoder.tokenizer.get_vocab_size()
+        candidates[name] = Candidate(one.open, one.path, one.engine, size, labelled, one.known)
+    return measure(candidates, measured, references=names[:1], progress=progress)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, made longer or numbered where two are alike."""
+    names = [path.absolute().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.absolute().parent.name}/{path.absolute().name}" for path in paths]
+    return names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names, 1)]

@@ -1,0 +1,101 @@
+"""The end of a run: export, parity, measurement against the reference, verdict, card, report, artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from flyweight import artifact
+from flyweight.artifact import Manifest, Measurement, Verdict
+from flyweight.data import Examples
+from flyweight.engines.engine import Predictor, engine_named
+from flyweight.measure.environment import environment
+from flyweight.measure.flops import flops_figure
+from flyweight.measure.size import disk, part_bytes, weights
+from flyweight.measure.suite import Candidate, Figures, Labelled, measure
+from flyweight.measure.verdict import accept
+from flyweight.models.bundle import Bundle
+from flyweight.models.storage import save
+from flyweight.report.card import card
+from flyweight.report.html import html
+from flyweight.run import Job, add_engine, reopen
+from flyweight.training import predict
+
+__all__ = ["finish"]
+
+REFERENCES = ("reference_torch", "reference_onnxruntime")
+
+
+def finish(job: Job, bundle: Bundle, out: Path, overwrite: bool = False) -> Manifest:
+    """Write the artifact. Raises ExportError, ArtifactError, StorageError; nothing is left behind then."""
+    with artifact.write_folder(out, overwrite) as folder:
+        manifest = save(bundle, folder)
+        manifest = add_engine(job, bundle, folder, manifest)
+        manifest = manifest.model_copy(update={"seed": job.recipe.seed, "environment": environment()})
+        recipe = job.recipe.to_yaml()
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        artifact.write_manifest(folder, manifest)
+        figures = measure_beside_reference(job, bundle, folder)
+        manifest = manifest.model_copy(update={"measurements": figures, "verdict": verdict(job, figures)})
+        return write_pages(folder, manifest, recipe)
+
+
+def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str, Figures]:
+    """{"reference_torch" | "reference_onnxruntime" | "result": figures}, all in one run."""
+    reference = reopen(job, job.leading)
+    labelled = None
+    if (held_out := held_out_examples(job, reference)) is not None:
+        labelled = Labelled(job.task, held_out, job.bundle.encoder.pad)
+    threads, length = job.recipe.measure.threads, max(job.recipe.measure.lengths)
+
+    def candidate(of: Bundle, where: Path, engine: str) -> Candidate:
+        known: dict[str, Measurement] = weights(of) | part_bytes(of) | flops_figure(of, length)
+        opened: Callable[[], Predictor] = partial(engine_named(engine).open, where, threads=threads)
+        return Candidate(opened, where, engine, of.encoder.tokenizer.get_vocab_size(), labelled, known)
+
+    return measure(
+        {
+            "reference_torch": candidate(reference, job.reference_folder, "torch"),
+            "reference_onnxruntime": candidate(reference, job.reference_folder, "onnxruntime"),
+            "result": candidate(bundle, folder, "onnxruntime"),
+        },
+        job.recipe.measure,
+        references=REFERENCES,
+        seed=job.recipe.seed,
+        progress=job.progress,
+        card=bundle.device.type == "cuda",
+    )
+
+
+def held_out_examples(job: Job, reference: Bundle) -> Examples | None:
+    """The evaluation examples; where the task has no labels the reference's own answers stand in for them."""
+    held_out = job.splits.eval
+    if held_out is None or job.task.labelled:
+        return held_out
+    return replace(held_out, labels=predict(reference, held_out))
+
+
+def verdict(job: Job, figures: dict[str, Figures]) -> Verdict:
+    """The acceptance rule against the reference in torch fp32: what the engine loses counts as well."""
+    metric = f"quality.{job.task.metric}"
+    if metric not in figures["result"]:
+        return Verdict(accepted=True, text="Quality was not measured: no held-out data were given (--eval F).")
+    reference, result = figures["reference_torch"], figures["result"]
+    return accept(job.recipe.accept, reference[metric], result[f"{metric}.difference"], job.task.metric)
+
+
+def write_pages(folder: Path, manifest: Manifest, recipe: str) -> Manifest:
+    """Card, report and manifest tell the folder's own size: write them until it no longer changes."""
+    manifest = artifact.write_manifest(folder, manifest)
+    for _ in range(5):
+        (folder / "README.md").write_text(card(manifest), encoding="utf-8")
+        (folder / "report.html").write_text(html(manifest, recipe), encoding="utf-8")
+        manifest = artifact.write_manifest(folder, manifest)
+        sizes = disk(folder, "onnxruntime")
+        if all(manifest.measurements["result"][key].value == figure.value for key, figure in sizes.items()):
+            break
+        result = manifest.measurements["result"] | sizes
+        manifest = manifest.model_copy(update={"measurements": manifest.measurements | {"result": result}})
+    return manifest

@@ -1,0 +1,66 @@
+"""What a model is made of, and what could be taken away or packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flyweight.artifact import is_artifact
+from flyweight.measure.flops import flops_figure
+from flyweight.measure.size import part_bytes, part_parameters, weights
+from flyweight.measure.suite import Figures
+from flyweight.models.bundle import Bundle
+from flyweight.models.load import load, resolve
+from flyweight.models.surgery import linears, shapes
+from flyweight.run import guess_task
+from flyweight.settings import DataSettings
+from flyweight.tasks import task_named
+
+__all__ = ["inspect", "open_bundle", "static_figures"]
+
+
+def open_bundle(source: str, data: DataSettings | None = None, revision: str | None = None) -> Bundle:
+    """A model folder, artifact or hub id for the task of its own head. Raises ModelError, ArtifactError."""
+    data = data or DataSettings()
+    folder = resolve(source, revision)
+    return load(str(folder), task_named(guess_task(folder)), max_length=data.max_length, truncate=data.truncate)
+
+
+def static_figures(bundle: Bundle, length: int = 128) -> Figures:
+    """What can be said without running it: parameters, bytes by part, flops an item at `length` tokens."""
+    return weights(bundle) | part_bytes(bundle) | flops_figure(bundle, length)
+
+
+def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[str, Any]:
+    """JSON: family, task, labels, blocks with heads and neurons, parameters and bytes by part, flops, what can be
+    pruned and quantized and what that would save at most.
+
+    Raises ModelError, ArtifactError.
+    """
+    bundle = open_bundle(model, revision=revision)
+    parts = part_parameters(bundle)
+    total = sum(parts.values())
+    shaped = shapes(bundle.model, bundle.family)
+    inside = sum(module.weight.numel() for module in linears(bundle.model, bundle.family).values())
+    tables = parts.get("embeddings", 0)
+    return {
+        "model": str(model),
+        "artifact": is_artifact(resolve(model, revision)),
+        "family": bundle.family.model_type,
+        "task": bundle.task,
+        "labels": bundle.labels,
+        "max_length": bundle.encoder.max_length,
+        "vocabulary": bundle.encoder.tokenizer.get_vocab_size(),
+        "blocks": {
+            name: [{"heads": [len(heads) for heads in block.heads], "neurons": block.neurons} for block in stack]
+            for name, stack in shaped.items()
+        },
+        "parameters": parts,
+        "figures": {key: figure.model_dump() for key, figure in static_figures(bundle, length).items()},
+        "quantized": {name: codes.info.bits for name, codes in bundle.quantized.items()},
+        "possible": {
+            "prune heads and neurons": f"{inside / total:.0%} of the weights stand in attention and MLP",
+            "prune layers": f"{sum(map(len, shaped.values()))} layers, {inside / max(1, sum(map(len, shaped.values()))) / total:.1%} of the weights each",
+            "quantize linears": f"{4 * inside / 1e6:.1f} MB now, {inside / 1e6:.1f} MB in 8 bits, {inside / 8e6:.1f} MB in 1 bit",
+            "quantize embeddings": f"{4 * tables / 1e6:.1f} MB now, {tables / 1e6:.1f} MB in 8 bits ({tables / total:.0%} of the weights)",
+        },
+    }

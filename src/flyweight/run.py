@@ -1,0 +1,295 @@
+"""Run a recipe: every finished prefix is kept by content hash, so a changed or interrupted run repeats nothing.
+
+The *reference* is the model after the leading `finetune` steps; its cache entry holds torch weights and an fp32 engine file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flyweight import artifact
+from flyweight.artifact import Manifest, StepRecord
+from flyweight.cache import Cache
+from flyweight.context import Context, NoProgress, Progress
+from flyweight.engines import onnxruntime
+from flyweight.errors import ModelError, SettingsError, StepError
+from flyweight.golden import TEXTS
+from flyweight.measure.size import part_bytes, weights
+from flyweight.models.activations import simulate
+from flyweight.models.bundle import Bundle
+from flyweight.models.load import load, origin_hash, resolve
+from flyweight.models.storage import restore, save
+from flyweight.parity import check
+from flyweight.recipe import Recipe, StepSpec, check_order, content_key
+from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings
+from flyweight.splits import Splits, label_names, read_splits, read_unlabelled
+from flyweight.steps import step_named
+from flyweight.tasks import Task, task_named
+from flyweight.training import predict
+
+__all__ = ["Job", "prepare", "run_steps"]
+
+
+@dataclass
+class Job:
+    """A recipe whose model and data have been read and found fit.
+
+    keys: content hash of every prefix; keys[i] names the model after i steps
+    """
+
+    recipe: Recipe
+    task: Task
+    bundle: Bundle
+    splits: Splits
+    keys: list[str]
+    cache: Cache
+    progress: Progress
+
+    @property
+    def leading(self) -> int:
+        """How many `finetune` steps make the reference."""
+        names = [step.name for step in self.recipe.steps]
+        return next((i for i, name in enumerate(names) if name != "finetune"), len(names))
+
+    @property
+    def reference_folder(self) -> Path:
+        return self.cache.prefix(self.keys[self.leading])
+
+    def cached(self, number: int) -> bool:
+        """Whether the model after `number` steps is there already."""
+        return self.cache.found(self.keys[number])
+
+
+def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | None = None) -> Job:
+    """Read model and data and refuse what cannot work, before any long work. Raises any FlyweightError."""
+    progress, cache = progress or NoProgress(), cache or Cache()
+    if recipe.model is None:
+        raise SettingsError("a model", "none", "name a Hugging Face folder, an artifact or a hub id")
+    check_order(recipe.steps)
+    source = resolve(recipe.model, recipe.revision)
+    task = task_named(recipe.task or guess_task(source))
+    check_data(recipe, task)
+    data = recipe.data
+    progress.note(f"reading {recipe.model}")
+    names = label_names(data, task)
+    bundle = load(str(source), task, labels=names, max_length=data.max_length, truncate=data.truncate, seed=recipe.seed)
+    check_order(recipe.steps, bool(bundle.quantized), next(iter(bundle.sparse.values()), None))
+    check_head(recipe, bundle)
+    progress.note("reading the data")
+    splits = read_splits(data, task, bundle.encoder, bundle.labels)
+    if splits.shared and splits.eval is not None:
+        progress.note(
+            f"warning: {splits.shared} of {len(splits.eval)} evaluation texts stand in the training data as well"
+        )
+    return Job(recipe, task, bundle, splits, prefix_keys(recipe, task, bundle, splits, source), cache, progress)
+
+
+def check_data(recipe: Recipe, task: Task) -> None:
+    """Every step has the data it needs. Raises SettingsError."""
+    for number, step in enumerate(recipe.steps):
+        settings, place = step.settings, f"steps[{number}] {step.name}"
+        texts_only = isinstance(settings, DistillSettings) and settings.unlabelled is not None
+        needs = isinstance(settings, FinetuneSettings | DistillSettings) or (
+            isinstance(settings, PruneSettings) and (settings.criterion == "taylor" or settings.gradual == "cubic")
+        )
+        if needs and recipe.data.train is None and not texts_only:
+            raise SettingsError(f"training data for {place}", "none", "give --train F, or data.train in the recipe")
+        if texts_only and recipe.data.train is None and task.labelled and settings.alpha < 1:  # type: ignore[union-attr]
+            raise SettingsError(
+                f"labelled data for {place} with alpha below 1", "only --unlabelled", "set alpha to 1 or give --train F"
+            )
+    rule = recipe.accept
+    if (rule.quality is not None or rule.max_drop is not None) and recipe.data.eval is None:
+        raise SettingsError(
+            "held-out data for the acceptance rule", "none", "give --eval F, or data.eval in the recipe"
+        )
+
+
+def check_head(recipe: Recipe, bundle: Bundle) -> None:
+    """A head made anew has to be trained first: anything else would compress noise. Raises ModelError."""
+    if bundle.fresh_head and (not recipe.steps or recipe.steps[0].name != "finetune"):
+        raise ModelError(
+            f"a model with a head for {bundle.task}",
+            "one without",
+            "begin the recipe with finetune, or name a fine-tuned model",
+        )
+
+
+def prefix_keys(recipe: Recipe, task: Task, bundle: Bundle, splits: Splits, source: Path) -> list[str]:
+    """Hash of all that the model after each step depends on: code, origin, data, seed, settings, other models and files."""
+    parts = (splits.train, splits.validation)
+    data = [None if part is None else part.content_hash() for part in parts]
+    encoder = bundle.encoder
+    first = (
+        code_hash(),
+        origin_hash(source),
+        task.name,
+        bundle.labels,
+        encoder.max_length,
+        encoder.truncate,
+        recipe.seed,
+        data,
+    )
+    keys = [content_key(*first)]
+    for step in recipe.steps:
+        keys.append(content_key(keys[-1], step.as_data(), outside_hashes(step)))
+    return keys
+
+
+def outside_hashes(step: StepSpec) -> list[str]:
+    """Content of the models and files that a step names."""
+    if not isinstance(step.settings, DistillSettings):
+        return []
+    named = [step.settings.student, None if step.settings.teacher == "reference" else step.settings.teacher]
+    hashes = [origin_hash(resolve(name)) for name in named if name is not None]
+    if step.settings.unlabelled is not None and step.settings.unlabelled.is_file():
+        hashes.append(artifact.file_hash(step.settings.unlabelled))
+    return hashes
+
+
+def code_hash() -> str:
+    """Our own code that decides what comes out; an upgrade must not bring old results back."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in ("models", "methods", "tasks", "training.py", "training", "data.py", "splits.py", "tokenization.py"):
+        paths = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*.py"))
+        for path in paths:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_steps(job: Job) -> Bundle:
+    """Run what is not cached yet; afterwards the reference's cache entry exists. Returns the final model."""
+    steps, leading = job.recipe.steps, job.leading
+    done = max((i for i in range(1, len(steps) + 1) if job.cached(i)), default=0)
+    if not job.cached(leading):
+        done = max((i for i in range(1, leading + 1) if job.cached(i)), default=0)
+    bundle = reopen(job, done) if done else job.bundle
+    if done == 0 and leading == 0 and not job.cached(0):
+        keep(job, 0, bundle)
+    for number, step in enumerate(steps):
+        label = f"[{number + 1}/{len(steps)}] {step.name}"
+        if number < done:
+            job.progress.note(f"{label}: done before, taken from the cache")
+            continue
+        job.progress.note(label)
+        bundle = run_step(job, number, bundle)
+    job.cache.trim(keep=frozenset(job.keys))
+    return bundle
+
+
+def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
+    """One step, its record and its cache entry."""
+    step = job.recipe.steps[number]
+    work = job.cache.work(job.keys[number + 1])
+    work.mkdir(parents=True, exist_ok=True)
+    context = make_context(job, number, bundle, work)
+    started = time.monotonic()
+    bundle = step_named(step.name).function()(bundle, step.settings, context)
+    seconds = time.monotonic() - started
+    record = StepRecord(
+        name=step.name,
+        settings=step.settings.model_dump(mode="json"),
+        seconds=seconds,
+        notes={**context.notes, "after": after(job, bundle)},
+    )
+    bundle.steps = (*bundle.steps, record)
+    keep(job, number + 1, bundle)
+    shutil.rmtree(work, ignore_errors=True)
+    return bundle
+
+
+def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
+    settings = job.recipe.steps[number].settings
+    data = job.recipe.data
+    unlabelled = None
+    if isinstance(settings, DistillSettings) and settings.unlabelled is not None:
+        unlabelled = read_unlabelled(settings.unlabelled, data, job.task, bundle.encoder)
+
+    def reference() -> Bundle:
+        if number < job.leading:
+            raise StepError("a step after the reference is made", "one before", "put finetune first")
+        return reopen(job, job.leading)
+
+    def other(name: str) -> Bundle:
+        return load(
+            name,
+            job.task,
+            labels=bundle.labels,
+            max_length=data.max_length,
+            truncate=data.truncate,
+            seed=job.recipe.seed,
+        )
+
+    return Context(
+        task=job.task,
+        seed=job.recipe.seed,
+        work=work,
+        reference=reference,
+        load=other,
+        train=job.splits.train,
+        validation=job.splits.validation,
+        unlabelled=unlabelled,
+        progress=job.progress,
+        teacher_cache=job.cache.teachers,
+    )
+
+
+def reopen(job: Job, number: int) -> Bundle:
+    """The model after `number` steps, from the cache, with this run's tokenization limits."""
+    bundle = restore(job.cache.prefix(job.keys[number]))
+    return replace(bundle, encoder=job.bundle.encoder)
+
+
+def keep(job: Job, number: int, bundle: Bundle) -> None:
+    """Write the model after `number` steps into the cache; the reference gets its fp32 engine file there, too."""
+    with artifact.write_folder(job.cache.prefix(job.keys[number]), overwrite=True) as folder:
+        manifest = save(bundle, folder)
+        if number == job.leading:
+            manifest = add_engine(job, bundle, folder, manifest)
+        artifact.write_manifest(folder, manifest)
+
+
+def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
+    """Export to onnxruntime and hold the file against torch on real inputs. Raises ExportError where they differ."""
+    job.progress.note("exporting to onnxruntime")
+    engine = onnxruntime.export(bundle, folder)
+    worst = check(bundle, folder, engine, real_inputs(job))
+    return manifest.model_copy(update={"engines": {"onnxruntime": engine.model_copy(update={"parity": worst})}})
+
+
+def real_inputs(job: Job, number: int = 32, batch: int = 8) -> list[dict[str, NDArray[np.int64]]]:
+    """A few batches of the user's texts; neutral ones of ours where there are none."""
+    some = job.splits.eval or job.splits.validation or job.bundle.encoder.examples(TEXTS)
+    rows = range(min(number, len(some)))
+    return [some.batch(rows[i : i + batch], job.bundle.encoder.pad) for i in range(0, len(rows), batch)]
+
+
+def after(job: Job, bundle: Bundle) -> dict[str, float]:
+    """Where the model stands after a step: weights, bytes they take, and the metric on the validation examples."""
+    found = {key: figure.value for key, figure in weights(bundle).items()}
+    found["bytes"] = sum(figure.value for figure in part_bytes(bundle).values())
+    validation = job.splits.validation
+    if validation is not None and validation.labels is not None:
+        with simulate(bundle):
+            found["quality"] = job.task.metrics(predict(bundle, validation), validation)[job.task.metric]
+    return found
+
+
+def guess_task(source: Path) -> str:
+    """The task that the model's own head is for; embedding for a model without one."""
+    if artifact.is_artifact(source):
+        return artifact.read_manifest(source).task
+    try:
+        heads = json.loads((source / "config.json").read_bytes()).get("architectures") or [""]
+    except (OSError, ValueError):
+        return "embedding"  # `load` says what is wrong with the folder
+    return "text-classification" if str(heads[0]).endswith("ForSequenceClassification") else "embedding"
