@@ -19,7 +19,7 @@ LAYERS = (
     ("flyweight", "__main__", "cli"),
     ("api",),
     ("serve", "search", "report"),
-    ("run", "plan", "recipe"),
+    ("compare", "finish", "inspection", "plan", "recipe", "run"),
     ("steps",),
     ("methods", "measure", "parity"),
     ("runtime",),
