@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from flyweight.errors import DataError, nearest
 from flyweight.extras import need
 
-__all__ = ["Columns", "Examples", "Row", "hash_share", "pack", "rows"]
+__all__ = ["Columns", "Examples", "Row", "hash_share", "join", "pack", "rows"]
 
 Ints = NDArray[np.int32]
 
@@ -230,6 +230,20 @@ def pack(encoded: Sequence[tuple[Sequence[int], Sequence[int] | None]], labels: 
         types=(np.concatenate(types) if types else empty) if paired else None,
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=None if labels is None else np.asarray(labels),
+    )
+
+
+def join(*parts: Examples, missing: int = -100) -> Examples:
+    """All examples one part after the other; where only some parts have labels, the others get `missing`."""
+    some = any(part.labels is not None for part in parts)
+    labels = [np.full(len(part), missing) if part.labels is None else part.labels for part in parts]
+    paired = any(part.types is not None for part in parts)
+    types = [np.zeros_like(part.ids) if part.types is None else part.types for part in parts]
+    return Examples(
+        ids=np.concatenate([part.ids for part in parts]),
+        types=np.concatenate(types) if paired else None,
+        starts=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64),
+        labels=np.concatenate(labels) if some else None,
     )
 
 

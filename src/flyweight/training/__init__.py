@@ -7,7 +7,7 @@ predict     answers of a model in hand, in the order of the examples
 
 from __future__ import annotations
 
-from flyweight.training.device import find_device, placed, seeded
+from flyweight.training.device import evaluating, find_device, placed, seeded
 from flyweight.training.gradients import accumulate
 from flyweight.training.loop import TrainResult, learning_rate_factor, train
 from flyweight.training.objective import Loss, Objective, TaskObjective, keep_zeros, parameter_groups
@@ -19,6 +19,7 @@ __all__ = [
     "TaskObjective",
     "TrainResult",
     "accumulate",
+    "evaluating",
     "find_device",
     "keep_zeros",
     "learning_rate_factor",
