@@ -170,7 +170,7 @@ def run_row(table: Table, name: str, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    new.replace(path)
 
 
 def versions() -> dict[str, str]:

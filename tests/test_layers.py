@@ -70,10 +70,8 @@ def imports(source: str, module: str, is_package: bool, known: set[str]) -> set[
                 names = module.split(".")
                 above = names[: len(names) - node.level + is_package]  # one dot in a package is the package itself
                 base = ".".join([*above, *([node.module] if node.module else [])])
-            whole = [f"{base}.{alias.name}" for alias in node.names]
+            whole = [f"{base}.{alias.name}" for alias in node.names if alias.name != "__version__"]  # a constant
             names = [name if name in known else base for name in whole]
-            if base == "flyweight" and all(alias.name == "__version__" for alias in node.names):
-                continue  # a constant, not a dependency
         else:
             continue
         found |= {(name, node not in inside) for name in names if name in known}

@@ -1,0 +1,77 @@
+"""What else the reference can be run with: the engines' own int8, as their documentation advises it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flyweight.artifact import Measurement
+from flyweight.data import Examples
+from flyweight.engines.engine import Arrays, Predictor
+from flyweight.measure.size import TOKENIZER_FILES
+
+CALIBRATION = 300  # NNCF's default
+
+
+def onnxruntime_int8(source: Path, target: Path) -> None:
+    """onnxruntime's dynamic quantization: int8 weights per channel, activations at run time."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(str(source), str(target), per_channel=True, weight_type=QuantType.QInt8)
+
+
+def nncf_int8(source: Path, target: Path, examples: Examples, pad: int) -> None:
+    """NNCF's post-training quantization with its defaults for transformers, on an ONNX file. Writes OpenVINO IR."""
+    silence_openvino()
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(str(source))
+    names = [name for port in model.inputs for name in port.get_names()]
+    batches = [examples.batch([i], pad) for i in range(min(CALIBRATION, len(examples)))]
+    dataset = nncf.Dataset([{name: batch[name] for name in names} for batch in batches])
+    small = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
+    openvino.save_model(small, str(target), compress_to_fp16=False)
+
+
+def open_openvino(path: Path, threads: int = 1) -> Predictor:
+    """An OpenVINO model in fp32 precision: left to itself it computes in bf16 where the CPU can."""
+    silence_openvino()
+    import openvino
+
+    hints = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return _OpenVino(openvino.Core().compile_model(str(path), "CPU", hints))
+
+
+class _OpenVino:
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._names = [name for port in compiled.inputs for name in port.get_names()]
+
+    def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        self._request.infer({name: arrays[name] for name in self._names})
+        return np.array(self._request.get_output_tensor(0).data)
+
+    def close(self) -> None:
+        self._request = None
+
+
+def silence_openvino() -> None:
+    """OpenVINO and NNCF report their use to Google Analytics unless the package that does it is missing."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+def bytes_of(files: list[Path], folder: Path) -> Measurement:
+    """The engine's files + tokenizer and config.json of `folder`."""
+    rest = [folder / name for name in (*TOKENIZER_FILES, "config.json")]
+    total = sum(path.stat().st_size for path in [*files, *rest] if path.is_file())
+    return Measurement(value=total, unit="B", method="engine's files + tokenizer + config.json")

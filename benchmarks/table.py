@@ -1,0 +1,89 @@
+"""Results -> Markdown. Only what rows gave: a figure that was not taken is a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.quality import METRIC, paired
+from benchmarks.runner import Table, load, unpack_scores
+
+COLUMNS = (
+    "",
+    "MB",
+    "accuracy",
+    "difference, points",
+    "ms at 1x128",
+    "speed-up at 1x128",
+    "items/s at 32x128",
+    "speed-up at 32x128",
+)
+DASH = "–"
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+def markdown(table: Table) -> str:
+    """The whole page: title, what it shows, the rows, machine and command."""
+    found = {row.name: record for row in table.rows if (record := load(table.name, row.name)) is not None}
+    times = found.get("latency", {}).get("figures", {})
+    lines = [f"# {table.title}", "", table.about, "", _line(COLUMNS), _line(["---", *["--:"] * (len(COLUMNS) - 1)])]
+    for row in table.rows:
+        if row.name == "latency":
+            continue
+        record = found.get(row.name)
+        cells = _cells(table, record, found, times) if record else [DASH] * (len(COLUMNS) - 1)
+        lines.append(_line([row.summary if record else f"{row.summary} (not run)", *cells]))
+    return "\n".join([*lines, "", *_footer(table, found)]) + "\n"
+
+
+def _cells(table: Table, record: Mapping[str, Any], found: Mapping[str, Any], times: Figures) -> list[str]:
+    name, figures = record["row"], record["figures"]
+    size = figures.get("bytes")
+    return [
+        f"{size['value'] / 1e6:.1f}" if size else DASH,
+        interval(figures.get(METRIC), "{:.1f}", 100),
+        DASH if name == table.reference else _difference(table, record, found),
+        interval(times.get(f"{name}:latency_ms.p50@1x128"), "{:.3g}"),
+        interval(times.get(f"{name}:speedup@1x128"), "{:.2f}"),
+        interval(times.get(f"{name}:throughput_per_s@32x128"), "{:.0f}"),
+        interval(times.get(f"{name}:speedup@32x128"), "{:.2f}"),
+    ]
+
+
+def _difference(table: Table, record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    reference = found.get(table.reference)
+    if reference is None or record["scores"] is None or reference["scores"] is None:
+        return DASH
+    value = paired(unpack_scores(record["scores"]), unpack_scores(reference["scores"]), table.reference)
+    return interval(value.model_dump(), "{:+.1f}", 100)
+
+
+def interval(figure: Mapping[str, Any] | None, form: str, scale: float = 1.0) -> str:
+    """`84.1 [82.4, 85.7]`."""
+    if figure is None:
+        return DASH
+    text = form.format(figure["value"] * scale)
+    if figure.get("low") is None or figure.get("high") is None:
+        return text
+    return f"{text} [{form.format(figure['low'] * scale)}, {form.format(figure['high'] * scale)}]"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _footer(table: Table, found: Mapping[str, Any]) -> list[str]:
+    if not found:
+        return ["No row has been run yet."]
+    machines = {(r["machine"]["cpu"], r["machine"]["cores"], r["machine"]["system"]) for r in found.values()}
+    packages: dict[str, set[str]] = {}
+    for record in found.values():
+        for package, version in record["versions"].items():
+            packages.setdefault(package, set()).add(version)
+    seeds = sorted({record["seed"] for record in found.values()})
+    return [
+        f"Command: `make bench TABLE={table.name}`; seed {', '.join(map(str, seeds))}.",
+        "Machine: " + "; ".join(f"{cpu}, {cores} cores, {system}" for cpu, cores, system in sorted(machines)) + ".",
+        "Versions: " + ", ".join(f"{p} {'/'.join(sorted(v))}" for p, v in sorted(packages.items())) + ".",
+    ]
