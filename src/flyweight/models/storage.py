@@ -1,0 +1,239 @@
+"""A bundle to disk and back.
+
+model.safetensors holds every weight once, under the model's own name (tied ones under the first of their names):
+
+- untouched: `NAME`, as it is
+- pruned:    `NAME.bitmask` (1 bit a weight, row by row) and `NAME.values` (what is not zero, in that order)
+- quantized: `NAME.codes` (k bits each, row by row of [out, in]), `NAME.scale` float32 and, for asymmetric grids,
+             `NAME.zero_point` uint8
+- both:      `NAME.bitmask` over [out, in], and `NAME.codes` of the kept weights only
+
+Bit order is that of `models.packing`; flyweight.json says which weight is what. 90 % zeros take 1/32 + 1/10 = 13.2 % of
+the float32 bytes, one-bit weights 1/32 and a scale a row.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flyweight import artifact, errors
+from flyweight.artifact import Manifest, QuantizedTensor
+from flyweight.models import surgery
+from flyweight.models.build import empty_model, open_config, open_tokenizer, quiet
+from flyweight.models.bundle import Bundle, Codes
+from flyweight.models.codes import parameter_value, zero_codes
+from flyweight.models.families import family_of
+from flyweight.models.packing import pack_bits, pack_mask, unpack_bits, unpack_mask
+from flyweight.tasks import task_named
+from flyweight.tokenization import Encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["WEIGHTS", "restore", "save"]
+
+WEIGHTS = "model.safetensors"
+
+
+def save(bundle: Bundle, folder: Path) -> Manifest:
+    """Write config, tokenizer and weights into `folder`; returns the manifest that describes them, without `files`.
+
+    The caller adds engines and measurements and writes it (`artifact.write_manifest`), inside `artifact.write_folder`.
+    Raises OSError when the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = bundle.model
+    same_shape = surgery.sync_config(model, bundle.family)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    if bundle.labels is not None:
+        config.id2label = dict(enumerate(bundle.labels))
+        config.label2id = {name: number for number, name in enumerate(bundle.labels)}
+    config.to_json_file(folder / "config.json")
+    bundle.tokenizer.backend_tokenizer.no_truncation()
+    bundle.tokenizer.backend_tokenizer.no_padding()
+    with quiet():
+        bundle.tokenizer.save_pretrained(folder)
+    _write(_packed(bundle), folder / WEIGHTS)
+    return Manifest(
+        flyweight=metadata.version("flyweight"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        task=bundle.task,
+        labels=bundle.labels,
+        family=bundle.family.model_type,
+        inputs=bundle.family.inputs,
+        pad_token_id=bundle.encoder.pad,
+        max_length=bundle.encoder.max_length,
+        blocks=surgery.shapes(model, bundle.family),
+        plain=same_shape and not bundle.quantized and not bundle.sparse,
+        origin=bundle.origin,
+        steps=bundle.steps,
+        versions={name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
+        quantized={name: codes.info for name, codes in bundle.quantized.items()},
+        activations=bundle.activations,
+        sparse=dict(bundle.sparse),
+    )
+
+
+def restore(folder: Path) -> Bundle:
+    """The bundle that `save` wrote, bit for bit, on the CPU. Does not verify hashes: `artifact.verify` does.
+
+    Raises ArtifactError where weights are missing, damaged or do not fit the manifest.
+    """
+    folder = Path(folder)
+    manifest = artifact.read_manifest(folder)
+    config = open_config(folder)
+    family = family_of(config)
+    model = empty_model(config, task_named(manifest.task).auto)
+    surgery.reshape(model, family, manifest.blocks)
+    tokenizer = open_tokenizer(folder)
+    return Bundle(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        task=manifest.task,
+        encoder=Encoder(tokenizer.backend_tokenizer, manifest.pad_token_id, manifest.max_length),
+        labels=manifest.labels,
+        quantized=_fill(model, _read(folder / WEIGHTS), manifest, folder),
+        activations=manifest.activations,
+        sparse=dict(manifest.sparse),
+        origin=manifest.origin,
+        steps=manifest.steps,
+    )
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; a tied one only under its first name."""
+    found: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        found.setdefault(id(tensor), name)
+    return {name: state[name] for name in found.values()}
+
+
+def _packed(bundle: Bundle) -> dict[str, Tensor]:
+    tensors = own_tensors(bundle.model)
+    unknown = (bundle.quantized.keys() | bundle.sparse.keys()) - tensors.keys()
+    if unknown:
+        raise errors.ArtifactError("packed weights that the model has", f"'{min(unknown)}'", "this is a fault of ours")
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in bundle.quantized:
+            parts = _pack_codes(bundle.quantized[name])
+        elif name in bundle.sparse:
+            parts = {".bitmask": _mask_bytes(tensor != 0), ".values": tensor[tensor != 0]}
+        else:
+            parts = {"": tensor}
+        packed |= {name + suffix: part.detach().cpu().contiguous() for suffix, part in parts.items()}
+    return packed
+
+
+def _pack_codes(codes: Codes) -> dict[str, Tensor]:
+    kept = codes.codes if codes.mask is None else codes.codes[codes.mask]
+    parts = {
+        ".codes": torch.from_numpy(pack_bits(kept.reshape(-1).cpu().numpy(), codes.info.bits)),
+        ".scale": codes.scale,
+    }
+    if codes.zero_point is not None:
+        parts[".zero_point"] = codes.zero_point
+    if codes.mask is not None:
+        parts[".bitmask"] = _mask_bytes(codes.mask)
+    return parts
+
+
+def _mask_bytes(mask: Tensor) -> Tensor:
+    return torch.from_numpy(pack_mask(mask.detach().cpu().numpy()))
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this entry
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):  # the library hides a full disk in its own error
+            code = int(number[1])
+            # on Windows the number is the system's own, which OSError translates from its fourth argument
+            raise (
+                OSError(0, str(error), str(path), code)
+                if os.name == "nt"
+                else OSError(code, os.strerror(code), str(path))
+            ) from None
+        raise
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise errors.ArtifactError(f"a readable {path}", f"'{error}'", "fetch or make the artifact again") from None
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], manifest: Manifest, folder: Path) -> dict[str, Codes]:
+    """Copy every weight of the file into the model; returns the codes of the quantized ones."""
+    quantized: dict[str, Codes] = {}
+
+    def take(name: str) -> Tensor:
+        if name not in tensors:
+            raise _bad(folder, f"the weight '{name}'", "none")
+        return tensors.pop(name)
+
+    for name, target in own_tensors(model).items():
+        try:
+            if name in manifest.quantized:
+                quantized[name] = codes = _unpack_codes(
+                    name, manifest.quantized[name], take, f"{name}.bitmask" in tensors
+                )
+                value = parameter_value(codes)
+            elif name in manifest.sparse:
+                value = _unpack_sparse(take(f"{name}.bitmask"), take(f"{name}.values"), target)
+            else:
+                value = take(name)
+        except (ValueError, RuntimeError) as error:
+            raise _bad(folder, f"a weight '{name}' that unpacks", f"'{error}'") from None
+        if value.shape != target.shape or value.dtype != target.dtype:
+            raise _bad(
+                folder,
+                f"{target.dtype} {tuple(target.shape)} as '{name}'",
+                f"{value.dtype} {tuple(value.shape)}",
+            )
+        with torch.no_grad():
+            target.copy_(value)
+    if tensors:
+        raise _bad(folder, "only weights that the model has", f"'{min(tensors)}' beside them")
+    return quantized
+
+
+def _unpack_codes(name: str, info: QuantizedTensor, take: Any, sparse: bool) -> Codes:
+    rows, columns = info.shape
+    zero_point = take(f"{name}.zero_point") if info.scheme == "asymmetric" else None
+    codes = Codes(info, torch.empty(0), take(f"{name}.scale"), zero_point)
+    packed = take(f"{name}.codes").numpy()
+    if not sparse:
+        values = torch.from_numpy(unpack_bits(packed, info.bits, rows * columns)).reshape(rows, columns)
+        return Codes(info, values, codes.scale, zero_point)
+    bits = take(f"{name}.bitmask").numpy()
+    mask = torch.from_numpy(unpack_mask(bits, rows * columns)).reshape(rows, columns)
+    values = torch.as_tensor(zero_codes(codes)).to(torch.uint8).expand(rows, columns).clone()
+    values[mask] = torch.from_numpy(unpack_bits(packed, info.bits, int(mask.sum())))
+    return Codes(info, values, codes.scale, zero_point, mask)
+
+
+def _unpack_sparse(bitmask: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    mask = torch.from_numpy(unpack_mask(bitmask.numpy(), like.numel())).reshape(like.shape)
+    if len(values) != int(mask.sum()):
+        raise ValueError(f"{int(mask.sum())} values expected, {len(values)} found")
+    dense = torch.zeros(like.shape, dtype=values.dtype)
+    dense[mask] = values
+    return dense
+
+
+def _bad(folder: Path, expected: str, got: str) -> errors.ArtifactError:
+    return errors.ArtifactError(f"{expected} in {folder / WEIGHTS}", got, "fetch or make the artifact again")
