@@ -1,0 +1,1 @@
+"""The HTTP service. Nothing here, nor below it, imports torch or transformers."""
