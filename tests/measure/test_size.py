@@ -80,6 +80,38 @@ def test_packed_and_sparse_weights(tiny: Callable[..., Path]) -> None:
     assert after["nonzero_parameters"] == counts["nonzero_parameters"] - 60 * 32
 
 
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_bytes_of_the_weights_are_those_of_the_file(tiny: Callable[..., Path], tmp_path: Path, model_type: str) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    from flyweight.models.bundle import Codes
+    from flyweight.models.load import load
+    from flyweight.models.storage import WEIGHTS, save
+    from flyweight.tasks import task_named
+
+    bundle = load(str(tiny(model_type, ("a", "b"))), task_named("text-classification"))
+    names = [name for name, p in bundle.model.named_parameters() if p.ndim == 2][2:6]
+    for number, name in enumerate(names):
+        parameter = bundle.model.get_parameter(name)
+        with torch.no_grad():
+            parameter[torch.rand(parameter.shape) < 0.9] = 0
+        if number < 2:
+            bundle.sparse[name] = "unstructured"
+        if number:  # the second is both pruned and quantized
+            transposed = model_type == "gpt2"
+            shape = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
+            info = QuantizedTensor(
+                shape=shape, bits=number + 2, scheme="symmetric", granularity="channel", transposed=transposed
+            )
+            mask = (parameter.t() if transposed else parameter) != 0 if number == 1 else None
+            codes = torch.randint(0, 4, shape, dtype=torch.uint8)
+            bundle.quantized[name] = Codes(info, codes, torch.ones(shape[0], 1), None, mask)
+    save(bundle, tmp_path)
+    file = sum(tensor.numel() * tensor.element_size() for tensor in load_file(tmp_path / WEIGHTS).values())
+    assert sum(figure.value for figure in size.part_bytes(bundle).values()) == file
+
+
 def artifact(folder: Path) -> Manifest:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"x" * 1000)

@@ -99,12 +99,14 @@ def _sums(bundle: Bundle, numbers: Mapping[str, int]) -> dict[str, int]:
 
 
 def _stored(name: str, parameter: Tensor, bundle: Bundle) -> int:
+    mask = math.ceil(parameter.numel() / 8)
     if name in bundle.quantized:
         codes = bundle.quantized[name]
         grid = [codes.scale, *([] if codes.zero_point is None else [codes.zero_point])]
-        return math.ceil(parameter.numel() * codes.info.bits / 8) + sum(t.numel() * t.element_size() for t in grid)
+        kept = parameter.numel() if codes.mask is None else int(codes.mask.sum())
+        packed = math.ceil(kept * codes.info.bits / 8) + (0 if codes.mask is None else mask)
+        return packed + sum(tensor.numel() * tensor.element_size() for tensor in grid)
     if name in bundle.sparse:
-        mask = math.ceil(parameter.numel() / 8)
         return mask + int(parameter.count_nonzero()) * parameter.element_size()
     return parameter.numel() * parameter.element_size()
 
