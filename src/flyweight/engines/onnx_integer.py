@@ -1,0 +1,225 @@
+"""Quantized weights inside an ONNX graph: integers in the file, integer kernels at run time.
+
+What onnxruntime makes of the forms written here (seen in its optimized graph, version 1.31):
+
+- dynamic activations: DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul -> Add becomes one MatMulIntegerToFloat (or
+  DynamicQuantizeMatMul). The quantized input is shared by all linears that read it (q, k and v).
+- weights only: Cast -> Sub -> Mul over constants is folded to float once, when the file is loaded. DequantizeLinear
+  would not be: onnxruntime keeps it and runs it again for every input.
+- fewer than 8 bits: bytes -> Gather from a table of 256 rows, one for each byte, with the 8/k integers packed in it. For
+  linears this is folded at load as well, so that 1-bit weights run in the same int8 kernel; embeddings unpack only the rows
+  they look up.
+
+Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. 3 bits ride in slots of 4, and 5 to 7
+in slots of 8. Without VNNI instructions the kernel may saturate (sums of two u8 x s8 products in 16 bits); reducing the
+range for such CPUs belongs to the quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from flyweight.errors import ExportError
+from flyweight.models.bundle import Codes
+
+__all__ = ["Draft", "Grid", "grid", "integers", "quantized_embedding", "quantized_linear"]
+
+
+@dataclass
+class Draft:
+    """A graph being written, in execution order. `inputs` of `add` are names; "" leaves an optional one out."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
+    quantized_inputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+
+    def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        self.outputs.add(output)
+        return output
+
+    def has(self, output: str) -> bool:
+        return output in self.outputs
+
+    def shape(self, *sizes: int) -> str:
+        """A constant list of int64: a shape, or the ends of a slice."""
+        return self.constant("sizes." + "x".join(map(str, sizes)), np.array(sizes, np.int64))
+
+    def constant(self, name: str, array: NDArray[Any]) -> str:
+        """An initializer; a second one of the same name is the same one."""
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def quantize_input(self, name: str) -> tuple[str, str, str]:
+        """(uint8 values, scale, zero point) of an activation; one DynamicQuantizeLinear for all who read it."""
+        if name not in self.quantized_inputs:
+            outputs = (f"{name}.uint8", f"{name}.scale", f"{name}.zero_point")
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [name], list(outputs), name=outputs[0]))
+            self.quantized_inputs[name] = outputs
+        return self.quantized_inputs[name]
+
+
+class Grid(NamedTuple):
+    """How integers lie in the file: `size` bits each, integer = low + step * stored."""
+
+    size: int
+    low: int
+    step: int
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.size
+
+
+def grid(codes: Codes) -> Grid:
+    """Sizes are 1, 2, 4 or 8. Binary weights that were pruned as well are -1, 0 and +1, which take 2 bits."""
+    if codes.info.scheme == "binary":
+        return Grid(1, -1, 2) if codes.mask is None else Grid(2, -1, 1)
+    return Grid(next(size for size in (1, 2, 4, 8) if size >= codes.info.bits), -(2 ** (codes.info.bits - 1)), 1)
+
+
+def integers(codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.int8] | None]:
+    """Signed integers [out, in] and zero points (shape of the scale) with weight = (integer - zero point) * scale."""
+    low, step = (-1, 2) if codes.info.scheme == "binary" else (-(2 ** (codes.info.bits - 1)), 1)
+    values = low + step * codes.codes.cpu().numpy().astype(np.int16)
+    zero = None if codes.zero_point is None else (codes.zero_point.cpu().numpy().astype(np.int16) + low).astype(np.int8)
+    if codes.mask is not None:
+        size = codes.info.group_size if codes.info.granularity == "group" else 1
+        nothing = np.int8(0) if zero is None else np.repeat(zero, size or 1, axis=-1)
+        values = np.where(codes.mask.cpu().numpy().astype(bool), values, nothing)
+    return values.astype(np.int8), zero
+
+
+def quantized_linear(draft: Draft, x: str, name: str, codes: Codes, dynamic: bool, output: str) -> str:
+    """`x @ weight` (without the bias) from `x` [..., in]; with `dynamic` in integers, else through folded float weights."""
+    if not dynamic:
+        return draft.add("MatMul", [x, _float_weight(draft, name, codes)], output)
+    if codes.info.granularity == "group":
+        raise ExportError(
+            f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
+        )
+    weight, zero, scale = _linear_integers(draft, name, codes)
+    values, x_scale, x_zero = draft.quantize_input(x)
+    inputs = [values, weight, x_zero, *([zero] if zero else [])]
+    sums = draft.add("MatMulInteger", inputs, f"{output}.int32")
+    both = draft.add("Mul", [x_scale, scale], f"{output}.scale")
+    return draft.add("Mul", [draft.add("Cast", [sums], f"{output}.float", to=TensorProto.FLOAT), both], output)
+
+
+def _linear_integers(draft: Draft, name: str, codes: Codes) -> tuple[str, str | None, str]:
+    """Names of int8 [in, out], zero points [out] or scalar, scales [out] or scalar; written once for a shared weight."""
+    values, zero = integers(codes)
+    flat = () if codes.info.granularity == "tensor" else (-1,)
+    scale = draft.constant(f"{name}.scale", codes.scale.cpu().numpy().reshape(flat))
+    zero_name = None if zero is None else draft.constant(f"{name}.zero_point", zero.reshape(flat))
+    return _unpacked_matrix(draft, name, values.T, codes), zero_name, scale
+
+
+def _unpacked_matrix(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
+    """Name of `values` as int8, packed in the file where the grid takes less than 8 bits."""
+    how = grid(codes)
+    if how.size == 8:
+        return draft.constant(f"{name}.codes", values)
+    output = f"{name}.int8"
+    if draft.has(output):
+        return output
+    packed = draft.constant(f"{name}.codes", _pack(values.reshape(1, -1), how)[0])
+    spread = _spread(draft, packed, how, output)  # [bytes, per byte]
+    flat = draft.add("Reshape", [spread, draft.shape(-1)], f"{output}.flat")
+    if values.size % how.per_byte:
+        flat = _cut(draft, flat, values.size, 0, f"{output}.cut")
+    return draft.add("Reshape", [flat, draft.shape(*values.shape)], output)
+
+
+def _float_weight(draft: Draft, name: str, codes: Codes) -> str:
+    """Name of the float32 weight [in, out]; everything before it is constant and is folded when the file is loaded."""
+    output = f"{name}.float32"
+    if draft.has(output):
+        return output
+    values, zero = integers(codes)
+    inner, out = values.T.shape
+    groups = _groups(codes)
+    layout = () if codes.info.granularity == "tensor" else (groups, 1, out) if groups > 1 else (1, out)
+    current = _unpacked_matrix(draft, name, values.T, codes)
+    if groups > 1:
+        current = draft.add("Reshape", [current, draft.shape(groups, inner // groups, out)], f"{output}.groups")
+    current = draft.add("Cast", [current], f"{output}.cast", to=TensorProto.FLOAT)
+    if zero is not None:
+        stored = draft.constant(f"{name}.zero_point", zero.T.reshape(layout))
+        point = draft.add("Cast", [stored], f"{output}.zero", to=TensorProto.FLOAT)
+        current = draft.add("Sub", [current, point], f"{output}.centred")
+    scale = draft.constant(f"{name}.scale", codes.scale.cpu().numpy().T.reshape(layout))
+    if groups == 1:
+        return draft.add("Mul", [current, scale], output)
+    current = draft.add("Mul", [current, scale], f"{output}.scaled")
+    return draft.add("Reshape", [current, draft.shape(inner, out)], output)
+
+
+def _groups(codes: Codes) -> int:
+    return int(codes.scale.shape[-1]) if codes.info.granularity == "group" else 1
+
+
+def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output: str) -> str:
+    """Rows of a table at `ids` [batch, length] as float32 [batch, length, width]; only these rows are dequantized."""
+    values, zero = integers(codes)
+    width, how = values.shape[1], grid(codes)
+    stored = draft.constant(f"{name}.codes", values if how.size == 8 else _pack(values, how))
+    current = draft.add("Gather", [stored, ids], f"{output}.rows")
+    if how.size < 8:
+        spread = _spread(draft, current, how, f"{output}.int8")  # [batch, length, bytes, per byte]
+        current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
+        if width % how.per_byte:
+            current = _cut(draft, current, width, 2, f"{output}.cut")
+    groups = _groups(codes)
+    if groups > 1:
+        current = draft.add("Reshape", [current, draft.shape(0, 0, groups, width // groups)], f"{output}.groups")
+    current = draft.add("Cast", [current], f"{output}.float", to=TensorProto.FLOAT)
+
+    def of_rows(array: NDArray[Any], kind: str) -> str:
+        """[rows, groups] -> [batch, length, groups (, 1)]; a single number stays one."""
+        if array.size == 1:
+            return draft.constant(f"{name}.{kind}", array.reshape(()))
+        stored = draft.constant(f"{name}.{kind}", array[..., None] if groups > 1 else array)
+        return draft.add("Gather", [stored, ids], f"{output}.{kind}")
+
+    if zero is not None:
+        point = draft.add("Cast", [of_rows(zero, "zero_point")], f"{output}.zero", to=TensorProto.FLOAT)
+        current = draft.add("Sub", [current, point], f"{output}.centred")
+    scale = of_rows(codes.scale.cpu().numpy(), "scale")
+    if groups == 1:
+        return draft.add("Mul", [current, scale], output)
+    current = draft.add("Mul", [current, scale], f"{output}.scaled")
+    return draft.add("Reshape", [current, draft.shape(0, 0, width)], output)
+
+
+def _pack(values: NDArray[np.int8], how: Grid) -> NDArray[np.uint8]:
+    """[rows, n] -> [rows, ceil(n * size / 8)] bytes, the first value in the lowest bits."""
+    stored = ((values.astype(np.int16) - how.low) // how.step).astype(np.uint8)
+    padded = np.pad(stored, ((0, 0), (0, -values.shape[1] % how.per_byte)))
+    parts = padded.reshape(len(values), -1, how.per_byte) << (how.size * np.arange(how.per_byte, dtype=np.uint8))
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=-1)
+    return packed
+
+
+def _spread(draft: Draft, packed: str, how: Grid, output: str) -> str:
+    """uint8 [...] -> int8 [..., per byte] by looking every byte up in a table."""
+    stored = (np.arange(256)[:, None] >> (how.size * np.arange(how.per_byte))) & (2**how.size - 1)
+    table = (how.low + how.step * stored).astype(np.int8)
+    index = draft.add("Cast", [packed], f"{output}.index", to=TensorProto.INT32)
+    return draft.add(
+        "Gather", [draft.constant(f"table.{how.size}.{how.low}.{how.step}", table), index], f"{output}.spread"
+    )
+
+
+def _cut(draft: Draft, x: str, length: int, axis: int, output: str) -> str:
+    """Drop the padding of the last byte."""
+    return draft.add("Slice", [x, draft.shape(0), draft.shape(length), draft.shape(axis)], output)

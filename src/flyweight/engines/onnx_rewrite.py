@@ -1,0 +1,149 @@
+"""Puts the parameters into a traced graph: each once, in its final form, and no node left that only rearranges one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, helper, numpy_helper
+
+from flyweight.engines.onnx_integer import Draft, quantized_embedding, quantized_linear
+from flyweight.errors import ExportError
+from flyweight.models.bundle import Codes
+
+__all__ = ["put_weights"]
+
+
+class Linear(NamedTuple):
+    """`x @ weight + bias`, as some node of the traced graph says it."""
+
+    x: str
+    weight: str
+    bias: str | None
+    output: str
+
+
+def put_weights(
+    graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], dynamic: bool
+) -> onnx.GraphProto:
+    """`graph` has its parameters as inputs; the result has them as initializers, those in `quantized` as integers.
+
+    dynamic: quantized linears run in integers, their inputs quantized at run time. Raises ExportError for a quantized weight
+    that is read by anything but one lookup or linears.
+    """
+    return _Rewriter(graph, weights, quantized, dynamic).run()
+
+
+class _Rewriter:
+    """One pass over the nodes in execution order.
+
+    same:   name in the traced graph -> name in the draft (constants of equal value are one)
+    turned: output of a Transpose of a weight -> the weight; the Transpose itself is not kept
+    """
+
+    def __init__(
+        self, graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], dynamic: bool
+    ) -> None:
+        self.graph, self.weights, self.quantized, self.dynamic = graph, weights, quantized, dynamic
+        self.draft = Draft()
+        self.same: dict[str, str] = {}
+        self.turned: dict[str, str] = {}
+        self.readers: dict[str, set[str]] = {}
+        for node in graph.node:
+            if any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute):
+                raise ExportError(
+                    "a traced graph without branches", f"{node.op_type} in {node.name}", "use engine torch"
+                )
+            for name in node.input:
+                self.readers.setdefault(name, set()).add(node.op_type)
+
+    def run(self) -> onnx.GraphProto:
+        for node in self.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._constant(node)
+            elif node.op_type == "Transpose" and node.input[0] in self.weights and _attributes(node)["perm"] == [1, 0]:
+                self.turned[node.output[0]] = node.input[0]
+            else:
+                self._node(node)
+        inputs = [value for value in self.graph.input if value.name not in self.weights]
+        initializers = list(self.draft.initializers.values())
+        return helper.make_graph(self.draft.nodes, "flyweight", inputs, list(self.graph.output), initializers)
+
+    def _constant(self, node: onnx.NodeProto) -> None:
+        value = numpy_helper.to_array(node.attribute[0].t)
+        if value.size > 1 and value.size * value.itemsize > 256:
+            name = f"constant.{node.output[0]}"
+        else:
+            name = f"constant.{value.dtype}.{'x'.join(map(str, value.shape))}.{value.tobytes().hex()}"
+        self.same[node.output[0]] = self.draft.constant(name, value)
+
+    def _node(self, node: onnx.NodeProto) -> None:
+        linear = self._linear(node)
+        if linear and linear.weight in self.quantized:
+            self._quantized_linear(linear)
+        elif node.op_type == "Gather" and node.input[0] in self.quantized:
+            self._quantized_lookup(node)
+        else:
+            kept = onnx.NodeProto()
+            kept.CopyFrom(node)
+            del kept.input[:]
+            kept.input.extend(self._name(name) for name in node.input)
+            self.draft.nodes.append(kept)
+
+    def _linear(self, node: onnx.NodeProto) -> Linear | None:
+        """What `node` computes, where it multiplies by a weight from the right."""
+        if node.op_type == "MatMul":
+            weight = self.turned.get(node.input[1], node.input[1])
+            return Linear(self._name(node.input[0]), weight, None, node.output[0]) if weight in self.weights else None
+        if node.op_type == "Gemm" and node.input[1] in self.weights:
+            given = _attributes(node)
+            if given.get("alpha", 1) == given.get("beta", 1) == 1 and not given.get("transA", 0):
+                bias = node.input[2] if len(node.input) > 2 else None
+                return Linear(self._name(node.input[0]), node.input[1], bias, node.output[0])
+        return None
+
+    def _quantized_linear(self, linear: Linear) -> None:
+        name, codes = linear.weight, self.quantized[linear.weight]
+        if "Gather" in self.readers[name]:
+            raise ExportError(
+                f"{name} either as a table or as a linear", "a quantized weight tied to both", "leave it out with skip"
+            )
+        product = linear.output if linear.bias is None else f"{linear.output}.product"
+        quantized_linear(self.draft, linear.x, name, codes, self.dynamic, product)
+        if linear.bias is not None:
+            self.draft.add("Add", [product, self._name(linear.bias)], linear.output)
+
+    def _quantized_lookup(self, node: onnx.NodeProto) -> None:
+        name, ids = node.input[0], self._name(node.input[1])
+        if _attributes(node).get("axis", 0) != 0:
+            raise ExportError(f"a lookup of rows of {name}", "one of columns", "leave it out with skip")
+        quantized_embedding(self.draft, ids, name, self.quantized[name], node.output[0])
+
+    def _name(self, name: str) -> str:
+        """The draft's name of what the traced graph calls `name`; puts a float weight in where it is first read."""
+        if name in self.turned:
+            return self._turned(self.turned[name], name)
+        if name not in self.weights:
+            return self.same.get(name, name)
+        if name in self.quantized:
+            raise ExportError(
+                f"{name} read by a lookup or a linear", f"{', '.join(self.readers[name])}", "leave it out with skip"
+            )
+        return self.draft.constant(name, self.weights[name])
+
+    def _turned(self, weight: str, output: str) -> str:
+        """A float weight as [in, out]: stored so, or turned at load where somebody reads it the other way too."""
+        if weight in self.quantized:
+            raise ExportError(f"{weight} read by a linear", "another operation", "leave it out with skip")
+        if self.readers[weight] == {"Transpose"}:
+            return self.draft.constant(weight, np.ascontiguousarray(self.weights[weight].T))
+        if not self.draft.has(output):
+            self.draft.add("Transpose", [self._name(weight)], output, perm=[1, 0])
+        return output
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

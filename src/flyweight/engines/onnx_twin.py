@@ -1,0 +1,48 @@
+"""The same ONNX file with its integer arithmetic undone: what parity can hold to a tight tolerance.
+
+Rounding of activations is chaotic: a difference in the last bit of a sum can move a value over a rounding edge, and a few
+such flips change an answer as much as the rounding itself does. Errors in weights, scales or wiring hide behind that,
+but not in the twin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = ["write_float_twin"]
+
+
+def write_float_twin(source: Path, target: Path) -> None:
+    """Every DynamicQuantizeLinear passes its input on with scale 1; every MatMulInteger multiplies floats."""
+    model = onnx.load(str(source))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            values, scale, _ = node.output
+            one = numpy_helper.from_array(numpy_helper.to_array(helper.make_tensor("", TensorProto.FLOAT, [], [1.0])))
+            nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
+            nodes.append(helper.make_node("Constant", [], [scale], value=one))
+        elif node.op_type == "MatMulInteger":
+            nodes += _float_product(node)
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    large = model.ByteSize() > 2**30
+    onnx.save_model(model, str(target), save_as_external_data=large)
+
+
+def _float_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """x @ (weight - zero point) with the integers as floats; the scales come after it as before."""
+    output = node.output[0]
+    x, weight, zero = node.input[0], node.input[1], node.input[3] if len(node.input) > 3 else ""
+    made = [helper.make_node("Cast", [weight], [f"{output}.weight"], to=TensorProto.FLOAT)]
+    centred = f"{output}.weight"
+    if zero:
+        made.append(helper.make_node("Cast", [zero], [f"{output}.zero"], to=TensorProto.FLOAT))
+        made.append(helper.make_node("Sub", [centred, f"{output}.zero"], [f"{output}.centred"]))
+        centred = f"{output}.centred"
+    return [*made, helper.make_node("MatMul", [x, centred], [output])]
