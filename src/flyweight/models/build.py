@@ -22,6 +22,12 @@ __all__ = ["empty_model", "open_config", "open_tokenizer", "quiet"]
 logging: Any = transformers_logging  # its functions carry no types
 UNRELATED = ("auto_map", "_name_or_path")  # remote code is never run; where a model lay on its maker's disk is private
 
+# How a tokenizer was opened is private, and its own truncation goes (see `open_tokenizer`).
+UNRELATED_TOKENIZER = (
+    *("local_files_only", "is_local", "name_or_path"),
+    *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"),
+)
+
 
 def open_config(folder: Path) -> Any:
     """The config of a model folder. Raises ModelError: no config.json, unreadable, unknown family (lists the known)."""
@@ -68,7 +74,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"a tokenizer in {folder}", f"'{_first_line(error)}'", hint) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"a fast tokenizer in {folder}", type(tokenizer).__name__, hint)
-    for name in ("local_files_only", "is_local", "name_or_path"):  # how it was opened here is nobody's business
+    for name in UNRELATED_TOKENIZER:
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -61,9 +63,12 @@ def save(bundle: Bundle, folder: Path) -> Manifest:
     config.to_json_file(folder / "config.json")
     bundle.tokenizer.backend_tokenizer.no_truncation()
     bundle.tokenizer.backend_tokenizer.no_padding()
-    with quiet():
-        bundle.tokenizer.save_pretrained(folder)
-    _write(_packed(bundle), folder / WEIGHTS)
+    tokenizer = bundle.tokenizer
+    with quiet(), _as_os_errors(folder):
+        tokenizer.save_pretrained(folder)
+        # again without indentation: two thirds of the bytes
+        (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
+        save_file(_packed(bundle), folder / WEIGHTS, metadata={"format": "pt"})  # transformers asks for this entry
     return Manifest(
         flyweight=metadata.version("flyweight"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,19 +159,21 @@ def _mask_bytes(mask: Tensor) -> Tensor:
     return torch.from_numpy(pack_mask(mask.detach().cpu().numpy()))
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+@contextmanager
+def _as_os_errors(folder: Path) -> Iterator[None]:
+    """safetensors and tokenizers hide a full disk in errors of their own; `artifact.write_folder` looks for OSError."""
     try:
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for this entry
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):  # the library hides a full disk in its own error
-            code = int(number[1])
-            # on Windows the number is the system's own, which OSError translates from its fourth argument
-            raise (
-                OSError(0, str(error), str(path), code)
-                if os.name == "nt"
-                else OSError(code, os.strerror(code), str(path))
-            ) from None
+        yield
+    except OSError:
         raise
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        if os.name == "nt":  # there it is the system's own number, which OSError translates from its fourth argument
+            raise OSError(0, str(error), str(folder), code) from None
+        raise OSError(code, os.strerror(code), str(folder)) from None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
