@@ -90,7 +90,8 @@ def without_zero_bias(module: nn.Module, attention: Attention) -> None:
 def _hook(module: nn.Module, bias: SharedBias) -> None:
     setattr(module, _HOOKED, True)
     place = _place(module, bias.argument)
-    module.register_forward_pre_hook(partial(_take, name=bias.argument, place=place), with_kwargs=True)
+    stash = bias.returned is not None
+    module.register_forward_pre_hook(partial(_take, name=bias.argument, place=place, stash=stash), with_kwargs=True)
     if bias.returned is not None:
         module.register_forward_hook(partial(_give_back, table=bias.table.rpartition(".")[2], place=bias.returned))
 
@@ -109,13 +110,16 @@ def _select(bias: Tensor, index: tuple[int, ...], dim: int) -> Tensor:
     return bias.index_select(dim, torch.tensor(index, device=bias.device))
 
 
-def _take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, place: int) -> Any:
+def _take(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, place: int, stash: bool
+) -> Any:
     """Before the attention: its columns of the bias [batch, heads, query, key]."""
     index = getattr(module, _INDEX)
     bias = kwargs.get(name, args[place] if place < len(args) else None)
     if index is None or bias is None:
         return None
-    module.__dict__[_FULL] = bias  # taken away again in `_give_back`
+    if stash:
+        module.__dict__[_FULL] = bias  # taken away again in `_give_back`
     return _with(args, kwargs, name, place, _select(bias, index, 1))
 
 
