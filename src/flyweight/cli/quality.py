@@ -102,7 +102,7 @@ def quality_rows(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def number(value: float, unit: str) -> str:
-    return bytes_text(value) if unit == "bytes" else f"{value:,.6g}" if value % 1 else f"{value:,.0f}"
+    return bytes_text(value) if unit == "B" else f"{value:,.6g}" if value % 1 else f"{value:,.0f}"
 
 
 def plain(value: Any) -> str:

@@ -95,6 +95,8 @@ def create_app(service: Service) -> FastAPI:
     async def predict(request: Request) -> Response:
         asked = requests.read_request(await _body(request, service.limits.body_bytes))
         texts, many = asked.batch(pairs=manifest.task != "embedding")
+        if not all(text.strip() for text, _ in texts):
+            raise Refused(400, "Empty", "expected texts, got an empty one")
         if len(texts) > service.limits.batch:
             raise Refused(413, "Validation", f"expected at most {service.limits.batch} inputs, got {len(texts)}")
         answers = await service.answer(texts, asked.truncate, asked.raw_scores)

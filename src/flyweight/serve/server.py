@@ -61,7 +61,7 @@ async def _run(app: Any, host: str, port: int) -> None:
 
     def stop() -> None:
         stopping.set()
-        server.stop()
+        server.stop()  # type: ignore[no-untyped-call]
 
     with _on_signals(stop):
         running = asyncio.create_task(server.serve())
