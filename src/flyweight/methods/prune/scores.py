@@ -1,0 +1,186 @@
+"""How much each head, neuron or layer matters: one number each, small ones go first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flyweight.context import Context
+from flyweight.data import Examples
+from flyweight.errors import StepError
+from flyweight.models import surgery
+from flyweight.models.bundle import Bundle
+from flyweight.settings import PruneSettings
+from flyweight.training import TaskObjective, accumulate
+
+__all__ = ["Group", "Scores", "groups", "magnitude", "random", "readers", "scores", "taylor"]
+
+
+class Group(NamedTuple):
+    """Units that are weighed against each other: the heads of one attention, one block's neurons, a stack's layers."""
+
+    stack: str
+    block: int | None = None
+    attention: int | None = None
+
+    def __str__(self) -> str:
+        return ".".join(str(part) for part in self if part is not None)
+
+
+Scores = dict[Group, Tensor]
+"""{group: [units] float32}"""
+
+
+def groups(bundle: Bundle, target: str) -> dict[Group, int]:
+    """{group: number of units} in the model's order."""
+    found: dict[Group, int] = {}
+    for name, shapes in surgery.shapes(bundle.model, bundle.family).items():
+        if target == "layers":
+            found[Group(name)] = len(shapes)
+            continue
+        for number, shape in enumerate(shapes):
+            if target == "neurons":
+                found[Group(name, number)] = shape.neurons
+            for attention, heads in enumerate(shape.heads if target == "heads" else ()):
+                found[Group(name, number, attention)] = len(heads)
+    return found
+
+
+def readers(bundle: Bundle, group: Group) -> list[tuple[nn.Module, int]]:
+    """(linear that reads the group's units, inputs a unit): o for heads, down for neurons; for a stack see `taylor`."""
+    assert group.block is not None
+    row = surgery.stacks(bundle.model, bundle.family)[group.stack]
+    block = surgery.blocks(bundle.model, bundle.family)[group.stack][group.block]
+    if group.attention is None:
+        return [(surgery.mlp_linears(block, row)[1], 1)]
+    attention = row.attention[group.attention]
+    return [(block.get_submodule(attention.o), surgery.layout(block, attention).query)]
+
+
+def scores(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
+    """Scores of every unit of `settings.target` by `settings.criterion`."""
+    if settings.criterion == "magnitude":
+        return magnitude(bundle, settings.target)
+    if settings.criterion == "random":
+        return random(bundle, settings.target, context.seed)
+    return taylor(bundle, settings, context)
+
+
+def random(bundle: Bundle, target: str, seed: int) -> Scores:
+    chance = torch.Generator().manual_seed(seed)
+    return {group: torch.rand(size, generator=chance) for group, size in groups(bundle, target).items()}
+
+
+@torch.no_grad()
+def magnitude(bundle: Bundle, target: str) -> Scores:
+    """Sum of |w| over all that would leave with the unit: rows of what makes it, columns of what reads it."""
+    found: Scores = {}
+    lists = surgery.blocks(bundle.model, bundle.family)
+    present = surgery.stacks(bundle.model, bundle.family)
+    if target == "layers":
+        linears = set(surgery.linears(bundle.model, bundle.family).values())
+        for name, blocks in lists.items():
+            parts = [[m for m in block.modules() if m in linears] for block in blocks]
+            sums = [sum(float(surgery.weight_2d(linear).abs().sum()) for linear in part) for part in parts]
+            found[Group(name)] = torch.tensor(sums)
+        return found
+    for group, units in groups(bundle, target).items():
+        assert group.block is not None
+        row, block = present[group.stack], lists[group.stack][group.block]
+        if group.attention is None:
+            makers = surgery.mlp_linears(block, row)[0]
+        else:
+            attention = row.attention[group.attention]
+            makers = [block.get_submodule(path) for path in dict.fromkeys((attention.q, attention.k, attention.v))]
+        total = torch.zeros(units)
+        for maker in makers:  # GPT-2's one linear holds all queries, then all keys, then all values
+            parts = 3 if group.attention is not None and row.attention[group.attention].fused else 1
+            total += surgery.weight_2d(maker).abs().reshape(parts, units, -1).sum((0, 2)).cpu()
+        for reader, size in readers(bundle, group):
+            total += surgery.weight_2d(reader).abs().reshape(-1, units, size).sum((0, 2)).cpu()
+        found[group] = total
+    return found
+
+
+def taylor(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
+    """Sum over examples of |dL/dgate|, where the gate multiplies what the unit gives to the linear that reads it.
+
+    The gate's gradient is the sum of gradient x weight over the unit's columns of that linear: the first-order change
+    of the loss when the unit goes. Heads: Michel et al. 2019, eq. 2; neurons: Molchanov et al. 2017, eq. 8. The gates
+    are per example, so the batches do not mix them. A layer's gate multiplies all that its block adds to the residual
+    stream.
+    """
+    data = _sample(context, settings.samples)
+    sizes = groups(bundle, settings.target)
+    total = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
+
+    def each(_: dict[str, Tensor], indices: NDArray[np.int64]) -> None:
+        for group, current in live.items():
+            if current.grad is not None:  # of a mean over the batch
+                total[group] += (current.grad.double() * len(indices)).abs().sum(0).cpu()
+        live.clear()
+
+    live: dict[Group, Tensor] = {}
+    with _gated(bundle, sizes, live):
+        accumulate(
+            bundle.model,
+            TaskObjective(bundle, settings),
+            data,
+            each,
+            pad=bundle.encoder.pad,
+            names=(),
+            progress=context.progress,
+            what="Taylor scores",
+        )
+    return {group: score.float() for group, score in total.items()}
+
+
+def _sample(context: Context, samples: int) -> Examples:
+    """At most `samples` training examples, chosen by the seed, of like length side by side."""
+    if context.train is None or context.train.labels is None or not context.task.labelled:
+        raise StepError(
+            "labelled examples for Taylor scores", "none", "give them with --train, or set criterion to magnitude"
+        )
+    chance = np.random.default_rng(context.seed)
+    chosen = chance.permutation(len(context.train))[:samples]
+    return context.train.take(chosen[np.argsort(context.train.lengths[chosen], kind="stable")])
+
+
+@contextlib.contextmanager
+def _gated(bundle: Bundle, sizes: dict[Group, int], live: dict[Group, Tensor]) -> Iterator[None]:
+    """While inside, every forward pass multiplies each unit by a gate of one, [examples, units], kept in `live`."""
+
+    def hook(group: Group, units: slice, size: int) -> Callable[..., Any]:
+        def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            inputs = args[0]  # [examples, tokens, units x size]
+            if group not in live:
+                live[group] = torch.ones(len(inputs), sizes[group], device=inputs.device, requires_grad=True)
+            gate = live[group][:, None, units].repeat_interleave(size, dim=-1)
+            return (inputs * gate.to(inputs.dtype), *args[1:])
+
+        return multiply
+
+    handles = []
+    lists = surgery.blocks(bundle.model, bundle.family)
+    for group, count in sizes.items():
+        if group.block is not None:
+            for reader, size in readers(bundle, group):
+                handles.append(reader.register_forward_pre_hook(hook(group, slice(0, count), size)))
+            continue
+        for number, block in enumerate(lists[group.stack]):
+            row = surgery.stacks(bundle.model, bundle.family)[group.stack]
+            outs = [block.get_submodule(attention.o) for attention in row.attention]
+            for reader in (*outs, surgery.mlp_linears(block, row)[1]):
+                width = surgery.weight_2d(reader).shape[1]
+                handles.append(reader.register_forward_pre_hook(hook(group, slice(number, number + 1), width)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
