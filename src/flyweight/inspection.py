@@ -10,7 +10,7 @@ from flyweight.measure.size import part_bytes, part_parameters, weights
 from flyweight.measure.suite import Figures
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load, resolve
-from flyweight.models.surgery import linears, shapes
+from flyweight.models.surgery import linears, shapes, weight_2d
 from flyweight.run import guess_task
 from flyweight.settings import DataSettings
 from flyweight.tasks import task_named
@@ -40,8 +40,10 @@ def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[
     parts = part_parameters(bundle)
     total = sum(parts.values())
     shaped = shapes(bundle.model, bundle.family)
-    inside = sum(module.weight.numel() for module in linears(bundle.model, bundle.family).values())
+    inside = sum(weight_2d(module).numel() for module in linears(bundle.model, bundle.family).values())
     tables = parts.get("embeddings", 0)
+    layers = sum(map(len, shaped.values()))
+    mb = "{:.1f} MB now, {:.1f} MB in 8 bits, {:.1f} MB in 1 bit".format
     return {
         "model": str(model),
         "artifact": is_artifact(resolve(model, revision)),
@@ -59,8 +61,8 @@ def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[
         "quantized": {name: codes.info.bits for name, codes in bundle.quantized.items()},
         "possible": {
             "prune heads and neurons": f"{inside / total:.0%} of the weights stand in attention and MLP",
-            "prune layers": f"{sum(map(len, shaped.values()))} layers, {inside / max(1, sum(map(len, shaped.values()))) / total:.1%} of the weights each",
-            "quantize linears": f"{4 * inside / 1e6:.1f} MB now, {inside / 1e6:.1f} MB in 8 bits, {inside / 8e6:.1f} MB in 1 bit",
-            "quantize embeddings": f"{4 * tables / 1e6:.1f} MB now, {tables / 1e6:.1f} MB in 8 bits ({tables / total:.0%} of the weights)",
+            "prune layers": f"{layers} layers, {inside / max(1, layers) / total:.1%} of the weights each",
+            "quantize linears": mb(4 * inside / 1e6, inside / 1e6, inside / 8e6),
+            "quantize embeddings": mb(4 * tables / 1e6, tables / 1e6, tables / 8e6),
         },
     }

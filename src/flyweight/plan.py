@@ -188,12 +188,12 @@ def timed(job: Job, batch: int = 16) -> Speed:
         with torch.set_grad_enabled(backward):
             answer = job.task.answer(model(**arrays), arrays)
             if backward:
-                answer.sum().backward()
+                answer.sum().backward()  # type: ignore[no-untyped-call]
                 model.zero_grad(set_to_none=True)
         return (time.perf_counter() - started) / batch
 
     training = model.training
-    model.eval()
+    model.train(False)
     once(False)
     forward = min(once(False) for _ in range(2))
     full = min(once(True) for _ in range(2))

@@ -96,15 +96,17 @@ def check_data(recipe: Recipe, task: Task) -> None:
     """Every step has the data it needs. Raises SettingsError."""
     for number, step in enumerate(recipe.steps):
         settings, place = step.settings, f"steps[{number}] {step.name}"
-        texts_only = isinstance(settings, DistillSettings) and settings.unlabelled is not None
+        alone = isinstance(settings, DistillSettings) and settings.unlabelled is not None
         needs = isinstance(settings, FinetuneSettings | DistillSettings) or (
             isinstance(settings, PruneSettings) and (settings.criterion == "taylor" or settings.gradual == "cubic")
         )
-        if needs and recipe.data.train is None and not texts_only:
+        if not needs or recipe.data.train is not None:
+            continue
+        if not alone:
             raise SettingsError(f"training data for {place}", "none", "give --train F, or data.train in the recipe")
-        if texts_only and recipe.data.train is None and task.labelled and settings.alpha < 1:  # type: ignore[union-attr]
+        if task.labelled and isinstance(settings, DistillSettings) and settings.alpha < 1:
             raise SettingsError(
-                f"labelled data for {place} with alpha below 1", "only --unlabelled", "set alpha to 1 or give --train F"
+                f"labelled data for {place} with alpha below 1", "only unlabelled", "set alpha to 1 or give --train F"
             )
     rule = recipe.accept
     if (rule.quality is not None or rule.max_drop is not None) and recipe.data.eval is None:

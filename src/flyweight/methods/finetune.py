@@ -43,4 +43,5 @@ def finetune(bundle: Bundle, settings: FinetuneSettings, context: Context) -> Bu
             key="" if context.validation is None else context.validation.content_hash(),
         )
     context.notes.update(result.notes())
+    bundle.fresh_head = False
     return bundle

@@ -164,6 +164,7 @@ def _open(folder: Path, task: Task, labels: Sequence[str] | None, seed: int) -> 
         task=task.name,
         encoder=encoder,
         labels=names,
+        fresh_head=new_head,
         origin=origin_hash(folder),
     )
 

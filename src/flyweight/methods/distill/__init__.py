@@ -43,6 +43,8 @@ def distill(bundle: Bundle, settings: DistillSettings, context: Context) -> Bund
     """
     data = _data(settings, context)
     teacher = context.reference() if settings.teacher == "reference" else context.load(settings.teacher)
+    if teacher.fresh_head:
+        raise StepError(f"a teacher with a head for {context.task.name}", "one without", "fine-tune the teacher first")
     student = make_student(bundle, settings, context, teacher)
     check_fit(bundle, student, teacher)
     check_length(data.examples, student, teacher)
@@ -60,7 +62,7 @@ def distill(bundle: Bundle, settings: DistillSettings, context: Context) -> Bund
     if start is not None:
         control = replace(student, model=start)
         context.notes["control"] = lesson.control(control).notes()
-    return replace(student, steps=bundle.steps)
+    return replace(student, steps=bundle.steps, fresh_head=False)
 
 
 @dataclass(frozen=True)
