@@ -10,9 +10,8 @@ What onnxruntime makes of the forms written here (seen in its optimized graph, v
   linears this is folded at load as well, so that 1-bit weights run in the same int8 kernel; embeddings unpack only the rows
   they look up.
 
-Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. 3 bits ride in slots of 4, and 5 to 7
-in slots of 8. Without VNNI instructions the kernel may saturate (sums of two u8 x s8 products in 16 bits); reducing the
-range for such CPUs belongs to the quantizer.
+Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. 3 bits ride in slots of 4, and
+5 to 7 in slots of 8.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class _Rewriter:
         self.same: dict[str, str] = {}
         self.turned: dict[str, str] = {}
         self.readers: dict[str, set[str]] = {}
-        for node in graph.node:
+        self.nodes = self._own_names(graph)
+        for node in self.nodes:
             if any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute):
                 raise ExportError(
                     "a traced graph without branches", f"{node.op_type} in {node.name}", "use engine torch"
@@ -61,7 +62,7 @@ class _Rewriter:
                 self.readers.setdefault(name, set()).add(node.op_type)
 
     def run(self) -> onnx.GraphProto:
-        for node in self.graph.node:
+        for node in self.nodes:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self._constant(node)
             elif node.op_type == "Transpose" and node.input[0] in self.weights and _attributes(node)["perm"] == [1, 0]:
@@ -71,6 +72,20 @@ class _Rewriter:
         inputs = [value for value in self.graph.input if value.name not in self.weights]
         initializers = list(self.draft.initializers.values())
         return helper.make_graph(self.draft.nodes, "flyweight", inputs, list(self.graph.output), initializers)
+
+    def _own_names(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+        """Undo the exporter's merging of equal parameters (Identity: one -> the other); only one tensor tied is one still."""
+        nodes, tied = [], {}
+        for node in graph.node:
+            if node.op_type == "Identity" and node.input[0] in self.weights and node.output[0] in self.weights:
+                one, other = node.input[0], node.output[0]
+                if self.weights[one].ctypes.data == self.weights[other].ctypes.data:
+                    tied[other] = tied.get(one, one)
+            else:
+                nodes.append(node)
+        for node in nodes:
+            node.input[:] = [tied.get(name, name) for name in node.input]
+        return nodes
 
     def _constant(self, node: onnx.NodeProto) -> None:
         value = numpy_helper.to_array(node.attribute[0].t)
