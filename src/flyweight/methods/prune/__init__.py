@@ -13,7 +13,7 @@ from flyweight.context import Context, NoProgress
 from flyweight.errors import StepError
 from flyweight.methods.prune import masks, structured
 from flyweight.methods.prune.gradual import train_while_pruning
-from flyweight.methods.prune.scores import Group, Scores, groups, random, scores
+from flyweight.methods.prune.scores import Group, Scores, groups, random, score
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.settings import PruneSettings
@@ -163,7 +163,7 @@ class _Parts:
     def _scores(self) -> Scores:
         if self.settings.criterion == "random":
             return random(self.bundle, self.settings.target, self.context.seed)
-        return scores(self.bundle, self.settings, self.context)
+        return score(self.bundle, self.settings, self.context)
 
     def apply(self, gone: dict[str, Tensor]) -> None:
         self.gone = gone  # also after a resume
@@ -182,7 +182,7 @@ def _parts(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[st
         }
     else:
         multiple = settings.multiple_of if settings.target == "neurons" else 1
-        keep = structured.select(scores(bundle, settings, context), settings.amount, settings.scope, multiple)
+        keep = structured.select(score(bundle, settings, context), settings.amount, settings.scope, multiple)
     notes |= structured.cut(bundle, settings.target, keep)
     modules = surgery.linears(bundle.model, bundle.family)
     for name in [name for name, pattern in bundle.sparse.items() if pattern == "2:4"]:

@@ -94,6 +94,7 @@ def train_while_pruning(
         )
     if not objective.finished:
         raise StepError("at least one training step", f"{result.steps}", "raise epochs or max_steps")
+    bundle.fresh_head = False
     with torch.no_grad():
         shrinking.apply(objective.gone)
     return objective.gone, result.notes()

@@ -19,7 +19,7 @@ from flyweight.models.bundle import Bundle
 from flyweight.settings import PruneSettings
 from flyweight.training import TaskObjective, accumulate
 
-__all__ = ["Group", "Scores", "groups", "magnitude", "random", "readers", "scores", "taylor"]
+__all__ = ["Group", "Scores", "groups", "magnitude", "random", "readers", "score", "taylor"]
 
 
 class Group(NamedTuple):
@@ -63,7 +63,7 @@ def readers(bundle: Bundle, group: Group) -> list[tuple[nn.Module, int]]:
     return [(block.get_submodule(attention.o), surgery.layout(block, attention).query)]
 
 
-def scores(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
+def score(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
     """Scores of every unit of `settings.target` by `settings.criterion`."""
     if settings.criterion == "magnitude":
         return magnitude(bundle, settings.target)
@@ -100,8 +100,8 @@ def magnitude(bundle: Bundle, target: str) -> Scores:
             makers = [block.get_submodule(path) for path in dict.fromkeys((attention.q, attention.k, attention.v))]
         total = torch.zeros(units)
         for maker in makers:  # GPT-2's one linear holds all queries, then all keys, then all values
-            parts = 3 if group.attention is not None and row.attention[group.attention].fused else 1
-            total += surgery.weight_2d(maker).abs().reshape(parts, units, -1).sum((0, 2)).cpu()
+            thirds = 3 if group.attention is not None and row.attention[group.attention].fused else 1
+            total += surgery.weight_2d(maker).abs().reshape(thirds, units, -1).sum((0, 2)).cpu()
         for reader, size in readers(bundle, group):
             total += surgery.weight_2d(reader).abs().reshape(-1, units, size).sum((0, 2)).cpu()
         found[group] = total
@@ -138,7 +138,7 @@ def taylor(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
             progress=context.progress,
             what="Taylor scores",
         )
-    return {group: score.float() for group, score in total.items()}
+    return {group: summed.float() for group, summed in total.items()}
 
 
 def _sample(context: Context, samples: int) -> Examples:
