@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -144,6 +145,15 @@ def test_tied_weights_are_quantized_once(tiny: Tiny, tmp_path: Path) -> None:
     assert not [name for name in made.quantized if "embed_tokens" in name]
     artifact.write_manifest(tmp_path / "a", save(made, tmp_path / "a"))
     assert torch.equal(outputs(restore(tmp_path / "a")), outputs(made))
+
+
+def test_a_head_tied_to_a_table_left_in_float_stays_in_float(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = opened(tiny, "gpt2")
+    bundle.model = transformers.AutoModelForCausalLM.from_pretrained(tiny("gpt2"), dtype=torch.float32)
+    assert bundle.model.lm_head.weight is bundle.model.transformer.wte.weight
+    made = quantize(bundle, QuantizeSettings(embeddings=None), context(tmp_path))
+    assert len(made.quantized) == 4 * 4
+    assert not [name for name in made.quantized if "wte" in name or "lm_head" in name]
 
 
 @pytest.mark.parametrize(
