@@ -29,7 +29,7 @@ def report(
 
         recipe = Path(path) / "recipe.yaml"
         page = out or Path("report.html")
-        page.write_text(html(manifest, recipe.read_text("utf-8") if recipe.is_file() else ""), encoding="utf-8")
+        page.write_text(html(manifest, recipe.read_text("utf-8") if recipe.is_file() else None), encoding="utf-8")
     if json:
         from flyweight.cli.compress import summary
 

@@ -56,6 +56,10 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {text}; see `{where} --help`"
     if isinstance(error, OSError) and error.errno in FULL:
         error = StorageError("room on the disk", f"'{error.strerror}'", "free space; what was there before is intact")
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        error = StorageError(
+            f"to read or write {error.filename}", f"'{error.strerror}'", "check the path and its rights"
+        )
     if isinstance(error, FlyweightError):
         return 1, f"error: {error}"
     if isinstance(error, MemoryError):
