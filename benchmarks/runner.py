@@ -161,7 +161,7 @@ def run_row(table: Table, name: str, seed: int) -> None:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.perf_counter() - start, 1),
         "seed": seed,
-        "machine": {key: value for key, value in environment().items() if key != "versions"},
+        "machine": machine(),
         "versions": versions(),
         "figures": {key: value.model_dump(exclude_none=True) for key, value in result.figures.items()},
         "scores": None if result.scores is None else pack_scores(result.scores),
@@ -171,6 +171,12 @@ def run_row(table: Table, name: str, seed: int) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+def machine() -> dict[str, Any]:
+    """Of the system its name and version, not who built it."""
+    found = {key: value for key, value in environment().items() if key != "versions"}
+    return {**found, "system": found["system"].partition("-")[0]}
 
 
 def versions() -> dict[str, str]:

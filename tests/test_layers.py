@@ -17,9 +17,9 @@ ROOT = Path(flyweight.__file__).parent
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = (
     ("flyweight", "__main__", "cli"),
-    ("api",),
+    ("api", "finish"),
     ("serve", "search", "report"),
-    ("compare", "finish", "inspection", "plan", "recipe", "run"),
+    ("compare", "inspection", "plan", "recipe", "run"),
     ("steps",),
     ("methods", "measure", "parity"),
     ("runtime",),
