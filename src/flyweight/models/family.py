@@ -70,7 +70,8 @@ class Stack:
     blocks:    path of the ModuleList below the base model
     attention: the attentions of one block, in order (self, cross)
     mlp:       its feed-forward part
-    norms:     {norm: linears it feeds}, paths relative to the block; "next:..." = in the following block
+    norms:     {norm: linears it feeds}, paths relative to the block; "next:..." = in the following block;
+               linears of another variant of the family (T5: wi, or wi_0 and wi_1) are to be passed over
     layers_key, heads_key, kv_heads_key, head_dim_key, neurons_key: the config's names for these numbers; None where
                the config has no such field of its own
     bias:      a position bias that the blocks share
