@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from flyweight.errors import EngineError
+from flyweight.measure import memory
 from flyweight.measure.latency import Point
 from flyweight.measure.memory import peak_memory, tree_memory
 
@@ -60,6 +61,16 @@ def peak(folder: Path, megabytes: int) -> float:
 def test_the_peak_of_a_short_lived_block_is_seen(hungry: Path) -> None:
     small, large = peak(hungry, 1), peak(hungry, 201)
     assert large - small == pytest.approx(200 * 2**20, rel=0.1)
+
+
+def test_repeats_give_the_median_and_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([300, 100, 200, 50])
+    monkeypatch.setattr(memory, "_watch", lambda arguments, timeout_s: (next(peaks), "pss"))
+    figure = peak_memory((Path("x"), "y"), Point(1, 1), 50)
+    assert (figure.value, figure.low, figure.high, figure.n) == (200, 100, 300, 3)
+    monkeypatch.setattr(memory, "ENOUGH_S", 0.0)
+    single = peak_memory((Path("x"), "y"), Point(1, 1), 50)
+    assert (single.value, single.low, single.high, single.n) == (50, None, None, 1)
 
 
 def test_a_child_that_fails_is_an_error_with_its_last_line(hungry: Path) -> None:

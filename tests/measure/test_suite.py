@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ pytest.importorskip("torch", reason="needs the extra `compress`")
 from flyweight.artifact import Manifest, Measurement, read_manifest, write_manifest
 from flyweight.engines import onnxruntime
 from flyweight.engines.engine import engine_named
+from flyweight.measure import memory, suite
 from flyweight.measure.environment import environment
 from flyweight.measure.flops import flops_figure
 from flyweight.measure.size import part_bytes, weights
@@ -50,6 +51,15 @@ def write(bundle: Bundle, folder: Path) -> Path:
     manifest = save(bundle, folder)
     write_manifest(folder, manifest.model_copy(update={"engines": {"onnxruntime": onnxruntime.export(bundle, folder)}}))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Energy turns and repeated memory runs as short as they can be: the figures themselves are not judged here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "ENERGY_TURN_S", 0.05)
+        patch.setattr(memory, "ENOUGH_S", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
