@@ -127,6 +127,8 @@ def test_limits(tiny: Tiny, minilm: Path) -> None:
     arrays = cut.encoder.examples(["a " * 70]).batch([0], cut.encoder.pad)
     cut.model(**{name: torch.from_numpy(arrays[name]) for name in cut.family.inputs})  # the longest input really runs
     real = load(minilm, task_named("embedding")).encoder  # its tokenizer.json carries a truncation of 128
+    assert real.tokenizer.truncation is None
+    assert real.tokenizer.padding is None
     assert real.max_length == 512
     assert len(real.encode([("", "word " * 200, None)])[0][0]) == 202
 
