@@ -121,6 +121,7 @@ def compare(
             labelled = Labelled(one.task, examples, one.encoder.pad)
         size = one.encoder.tokenizer.get_vocab_size()
         candidates[name] = Candidate(one.open, one.path, one.engine, size, labelled, one.known)
+    measured = measured.within(min(one.encoder.max_length for one in opened.values()))
     return measure(candidates, measured, references=names[:1], progress=progress)
 
 

@@ -48,7 +48,8 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
     labelled = None
     if (held_out := held_out_examples(job, reference)) is not None:
         labelled = Labelled(job.task, held_out, job.bundle.encoder.pad)
-    threads, length = job.recipe.measure.threads, max(job.recipe.measure.lengths)
+    settings = job.recipe.measure.within(job.bundle.encoder.max_length)
+    threads, length = settings.threads, max(settings.lengths)
 
     def candidate(of: Bundle, where: Path, engine: str) -> Candidate:
         known: dict[str, Measurement] = weights(of) | part_bytes(of) | flops_figure(of, length)
@@ -61,7 +62,7 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
             "reference_onnxruntime": candidate(reference, job.reference_folder, "onnxruntime"),
             "result": candidate(bundle, folder, "onnxruntime"),
         },
-        job.recipe.measure,
+        settings,
         references=REFERENCES,
         seed=job.recipe.seed,
         progress=job.progress,

@@ -243,3 +243,7 @@ class MeasureSettings(Settings):
     """Carbon intensity of the grid in g CO2e per kWh."""
     include_samples: bool = False
     """Let rows of the evaluation data appear in the report (off: no row of yours leaves your files)."""
+
+    def within(self, longest: int) -> Self:
+        """The same with lengths that a model of at most `longest` tokens takes."""
+        return self.model_copy(update={"lengths": tuple(sorted({min(length, longest) for length in self.lengths}))})
