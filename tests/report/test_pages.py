@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from sample_manifest import figure, make, measurements
 
 from flyweight.artifact import FileEntry, Manifest, StepRecord, Verdict
 from flyweight.report.card import card
 from flyweight.report.html import html
 from flyweight.report.table import compare_table, table
+from sample_manifest import figure, make, measurements
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 EVIL = '<script>alert("x")</script>&`|'
