@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny as families
 import torch
-from engine_cases import LABELS, arrays_of, bundle_of, quantize, torch_answers
 from onnx import TensorProto, helper, numpy_helper
 
+import tiny as families
+from engine_cases import LABELS, arrays_of, bundle_of, quantize, torch_answers
 from flyweight import parity
 from flyweight.artifact import Manifest, write_manifest
 from flyweight.engines import onnx_export
@@ -118,7 +119,7 @@ def test_padding_changes_nothing_in_fp32(tiny: Tiny, tmp_path: Path) -> None:
 def test_quantized_weights_are_small_integers_in_the_file(
     tiny: Tiny, tmp_path: Path, grid: Grid, activations: str, size: int
 ) -> None:
-    wide: dict[str, Any] = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2)
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     bundle = quantize(bundle_of(tiny("bert", labels=LABELS, **wide)), grid, activations, grid)
     before = {name: parameter.numel() for name, parameter in bundle.model.named_parameters()}
     entry = engine.export(bundle, tmp_path)
@@ -202,6 +203,19 @@ def test_equal_weights_of_two_layers_keep_their_own_treatment(tiny: Tiny, tmp_pa
     assert "model.bert.encoder.layer.1.output.dense.weight" in stored
 
 
+def test_a_weight_that_two_layers_share_is_stored_once(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = bundle_of(tiny("bert", labels=LABELS))
+    blocks = bundle.model.bert.encoder.layer
+    blocks[1].output.dense.weight = blocks[0].output.dense.weight
+    for treat in (lambda: None, lambda: quantize(bundle, Grid(8), "dynamic")):
+        treat()
+        entry = engine.export(bundle, tmp_path)
+        parity.check(bundle, tmp_path, entry, arrays_of(bundle))
+        stored = [tensor.name for tensor in onnx.load(str(tmp_path / entry.file)).graph.initializer]
+        matrices = [name for name in stored if name.endswith((".output.dense.weight", ".output.dense.weight.codes"))]
+        assert len([name for name in matrices if ".attention." not in name]) == 3
+
+
 def test_weights_beyond_two_gigabytes_go_to_a_file_beside_it(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +291,34 @@ def test_a_quantized_weight_in_an_unknown_place_is_refused() -> None:
     nodes = [helper.make_node("Relu", ["w"], ["y"])]
     with pytest.raises(ExportError, match="expected w read by a lookup or a linear, got Relu"):
         put_weights(graph_of(nodes, [4, 6]), {"w": np.zeros((4, 6), np.float32)}, {"w": codes}, False)
+
+
+def test_the_probe_of_the_int8_kernel_is_what_it_says() -> None:
+    graph = onnx.load_from_string(base64.b64decode(engine.PROBE)).graph
+    assert [node.op_type for node in graph.node] == ["MatMulInteger"]
+    assert [value.type.tensor_type.elem_type for value in graph.input] == [TensorProto.UINT8, TensorProto.INT8]
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_a_cpu_that_saturates_gets_the_exact_kernel(monkeypatch: pytest.MonkeyPatch, saturates: bool) -> None:
+    wrong = 16 * 255 * 127 - saturates
+
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def run(self, *_: Any) -> Any:
+            return [np.full((4, 16), wrong)]
+
+    engine._saturates.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", Session)
+        options = engine.session_options(1)
+    engine._saturates.cache_clear()
+    if saturates:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError):  # never set
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 @pytest.fixture(scope="module")

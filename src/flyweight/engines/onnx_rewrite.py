@@ -75,7 +75,8 @@ class _Rewriter:
 
     def _own_names(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
         """Undo the exporter's merging of equal parameters (Identity: one -> the other); only one tensor tied is one still."""
-        nodes, tied = [], {}
+        nodes: list[onnx.NodeProto] = []
+        tied: dict[str, str] = {}
         for node in graph.node:
             if node.op_type == "Identity" and node.input[0] in self.weights and node.output[0] in self.weights:
                 one, other = node.input[0], node.output[0]

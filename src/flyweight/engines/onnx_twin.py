@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -22,7 +23,7 @@ def write_float_twin(source: Path, target: Path) -> None:
     for node in model.graph.node:
         if node.op_type == "DynamicQuantizeLinear":
             values, scale, _ = node.output
-            one = numpy_helper.from_array(numpy_helper.to_array(helper.make_tensor("", TensorProto.FLOAT, [], [1.0])))
+            one = numpy_helper.from_array(np.array(1, np.float32))
             nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
             nodes.append(helper.make_node("Constant", [], [scale], value=one))
         elif node.op_type == "MatMulInteger":
@@ -31,7 +32,7 @@ def write_float_twin(source: Path, target: Path) -> None:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    large = model.ByteSize() > 2**30
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 2**30
     onnx.save_model(model, str(target), save_as_external_data=large)
 
 

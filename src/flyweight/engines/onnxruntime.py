@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +70,8 @@ def session_options(threads: int) -> Any:
     """Latency of one request at a time: operators one after another, each on `threads` cores.
 
     Waiting threads spin within a run (it saves milliseconds with small operators) and stop when it ends, so that an idle
-    model burns no CPU and does not disturb another one. On x64 CPUs without VNNI the fast u8 x s8 kernel adds two products in
-    16 bits and may saturate; there the exact u8 x u8 kernel is asked for (elsewhere the option does nothing).
+    model burns no CPU and does not disturb another one. Where the fast int8 kernel would be wrong, the exact, slower
+    one is asked for.
     """
     import onnxruntime
 
@@ -79,9 +81,30 @@ def session_options(threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors only
     return options
+
+
+# MatMulInteger of a [4, 16] uint8 and b [16, 16] int8, as an ONNX file: onnx itself is not there where models only run.
+PROBE = (
+    "CAg6XAoYCgFhCgFiEgF5Ig1NYXRNdWxJbnRlZ2VyEgFnWhMKAWESDgoMCAISCAoCCAQKAggQWhMKAWISDgoMCAMSCAoCCBAKAggQ"
+    "YhMKAXkSDgoMCAYSCAoCCAQKAggQQgQKABAR"
+)
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether this CPU's int8 kernel adds two u8 x s8 products in 16 bits, which is too few (x64 without VNNI).
+
+    Found by multiplying the largest numbers, not by the CPU's flags: reading those is different on every system.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(base64.b64decode(PROBE), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"a": np.full((4, 16), 255, np.uint8), "b": np.full((16, 16), 127, np.int8)})[0]
+    return bool((found != 16 * 255 * 127).any())
 
 
 class _Predictor:
