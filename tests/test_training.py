@@ -592,7 +592,7 @@ def test_accumulated_gradients_are_those_of_each_batch_in_order(folder: Path) ->
             (losses[-1] / len(indices)).backward()
         for name, parameter in slow.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
-    assert mean == pytest.approx(float(sum(losses)) / 10, rel=1e-4)
+    assert mean == pytest.approx(float(sum(losses).detach()) / 10, rel=1e-4)
 
 
 def test_accumulate_for_named_parameters_alone_and_on_errors(folder: Path) -> None:
