@@ -34,7 +34,7 @@ _WHERE = {
     "verify": "flyweight.artifact",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flyweight.engines.engine import Predictor, engine_named
 from flyweight.errors import ArtifactError, SettingsError
 from flyweight.extras import need
 from flyweight.measure.quality import answers, quality, resamples
+from flyweight.measure.static import STATIC
 from flyweight.measure.suite import Candidate, Figures, Labelled, measure
 from flyweight.settings import DataSettings, MeasureSettings
 from flyweight.splits import read_labelled
@@ -20,46 +22,51 @@ from flyweight.tokenization import Encoder, open_encoder
 
 __all__ = ["compare", "evaluate"]
 
-# what only torch can count; an artifact carries it in its manifest
-STATIC = ("parameters", "nonzero_parameters", "flops", "bytes.")
 
-
+@dataclass(frozen=True)
 class Opened:
-    """What is needed of a model to feed it: task, encoder, labels, and how to make its predictor."""
+    """What is needed of a model to feed it: where it lies, task, encoder, labels, figures known of it."""
 
-    def __init__(self, path: Path, engine: str, threads: int, data: DataSettings) -> None:
-        self.path, self.engine, self.threads = path, engine, threads
-        self.known: Figures = {}
-        if is_artifact(path):
-            self._artifact(data)
-        else:
-            self._model(data)
-
+    folder: Path
+    engine: str
     task: Task
     encoder: Encoder
     labels: tuple[str, ...] | None
-    open: Callable[[], Predictor]
+    known: Figures
 
-    def _artifact(self, data: DataSettings) -> None:
-        manifest = verify(self.path)
-        length = min(manifest.max_length, data.max_length or manifest.max_length)
-        self.task, self.labels = task_named(manifest.task), manifest.labels
-        self.encoder = open_encoder(self.path, manifest.pad_token_id, length, data.truncate)
-        self.open = partial(engine_named(self.engine).open, self.path, threads=self.threads)
-        figures = manifest.measurements.get("result", {})
-        self.known = {key: figure for key, figure in figures.items() if key.startswith(STATIC)}
+    def open(self, threads: int) -> Predictor:
+        return engine_named(self.engine).open(self.folder, threads=threads)
 
-    def _model(self, data: DataSettings) -> None:
-        need("torch", f"run {self.path}, which is not an artifact")
-        need("transformers", f"run {self.path}, which is not an artifact")
-        from flyweight.engines.torch import predictor
-        from flyweight.inspection import open_bundle, static_figures
 
-        bundle = open_bundle(str(self.path), data)
-        self.engine, self.path = "torch", Path(self.path)
-        self.task, self.encoder, self.labels = task_named(bundle.task), bundle.encoder, bundle.labels
-        self.open = lambda: predictor(bundle, self.threads)
-        self.known = static_figures(bundle)
+def open_path(path: str | Path, engine: str, data: DataSettings) -> Opened:
+    """An artifact as it is; any other model becomes an entry of the cache first and runs in torch."""
+    if is_artifact(Path(path)):
+        folder, manifest = Path(path), verify(Path(path))
+    else:
+        folder, engine = as_artifact(str(path), data), "torch"
+        manifest = verify(folder)
+    length = min(manifest.max_length, data.max_length or manifest.max_length)
+    figures = manifest.measurements.get("result", {})
+    return Opened(
+        folder,
+        engine,
+        task_named(manifest.task),
+        open_encoder(folder, manifest.pad_token_id, length, data.truncate),
+        manifest.labels,
+        {key: figure for key, figure in figures.items() if key.startswith(STATIC)},
+    )
+
+
+def as_artifact(model: str, data: DataSettings) -> Path:
+    """A model folder or hub id as an artifact in the cache. Raises MissingExtra, ModelError."""
+    for module in ("torch", "transformers"):
+        need(module, f"run {model}, which is not an artifact")
+    from flyweight.recipe import Recipe
+    from flyweight.run import prepare, run_steps
+
+    job = prepare(Recipe(model=model, data=data.model_copy(update={"train": None, "eval": None, "validation": None})))
+    run_steps(job)
+    return job.reference_folder
 
 
 def evaluate(
@@ -76,11 +83,11 @@ def evaluate(
     Raises DataError, ArtifactError, ModelError; SettingsError where the task has no labels to judge by.
     """
     settings = settings or DataSettings()
-    opened = Opened(Path(path), engine, threads, settings)
+    opened = open_path(path, engine, settings)
     if not opened.task.labelled:
         raise SettingsError("a task with labels", f"'{opened.task.name}'", "use `flyweight compare` with its reference")
     examples = read_labelled(Path(data), settings, opened.task, opened.encoder, opened.labels)
-    predictor = opened.open()
+    predictor = opened.open(threads)
     try:
         outputs = answers(predictor, examples, opened.encoder.pad, progress=progress or NoProgress())
     finally:
@@ -105,14 +112,14 @@ def compare(
         raise SettingsError("at least one path to compare", "none", "name artifacts or model folders")
     settings, measured = settings or DataSettings(), measured or MeasureSettings()
     names = short_names([Path(path) for path in paths])
-    opened = {name: Opened(Path(p), engine, measured.threads, settings) for name, p in zip(names, paths, strict=True)}
+    opened = {name: open_path(path, engine, settings) for name, path in zip(names, paths, strict=True)}
     first = opened[names[0]]
     candidates = {}
     for name, one in opened.items():
         if one.task.name != first.task.name or set(one.labels or ()) != set(first.labels or ()):
             raise ArtifactError(
                 f"models of one task and the same labels ({first.task.name}, {', '.join(first.labels or ()) or 'none'})",
-                f"{one.task.name}, {', '.join(one.labels or ()) or 'none'} in {one.path}",
+                f"{one.task.name}, {', '.join(one.labels or ()) or 'none'} in {name}",
                 "compare like with like",
             )
         labelled = None
@@ -120,7 +127,9 @@ def compare(
             examples = read_labelled(Path(data), settings, one.task, one.encoder, one.labels)
             labelled = Labelled(one.task, examples, one.encoder.pad)
         size = one.encoder.tokenizer.get_vocab_size()
-        candidates[name] = Candidate(one.open, one.path, one.engine, size, labelled, one.known)
+        candidates[name] = Candidate(
+            partial(one.open, measured.threads), one.folder, one.engine, size, labelled, one.known
+        )
     measured = measured.within(min(one.encoder.max_length for one in opened.values()))
     return measure(candidates, measured, references=names[:1], progress=progress)
 

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from flyweight import artifact
-from flyweight.artifact import Manifest, Measurement, Verdict
+from flyweight.artifact import Manifest, Verdict
 from flyweight.data import Examples
 from flyweight.engines.engine import Predictor, engine_named
 from flyweight.measure.environment import environment
-from flyweight.measure.flops import flops_figure
-from flyweight.measure.size import disk, part_bytes, weights
+from flyweight.measure.size import disk
+from flyweight.measure.static import static_figures
 from flyweight.measure.suite import Candidate, Figures, Labelled, measure
 from flyweight.measure.verdict import accept
 from flyweight.models.bundle import Bundle
@@ -52,7 +52,7 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
     threads, length = settings.threads, max(settings.lengths)
 
     def candidate(of: Bundle, where: Path, engine: str) -> Candidate:
-        known: dict[str, Measurement] = weights(of) | part_bytes(of) | flops_figure(of, length)
+        known = static_figures(of, length)
         opened: Callable[[], Predictor] = partial(engine_named(engine).open, where, threads=threads)
         return Candidate(opened, where, engine, of.encoder.tokenizer.get_vocab_size(), labelled, known)
 

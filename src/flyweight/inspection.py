@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flyweight.artifact import is_artifact
-from flyweight.measure.flops import flops_figure
-from flyweight.measure.size import part_bytes, part_parameters, weights
-from flyweight.measure.suite import Figures
+from flyweight.measure.size import part_parameters
+from flyweight.measure.static import static_figures
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load, resolve
 from flyweight.models.surgery import linears, shapes, weight_2d
@@ -15,7 +14,7 @@ from flyweight.run import guess_task
 from flyweight.settings import DataSettings
 from flyweight.tasks import task_named
 
-__all__ = ["inspect", "open_bundle", "static_figures"]
+__all__ = ["inspect", "open_bundle"]
 
 
 def open_bundle(source: str, data: DataSettings | None = None, revision: str | None = None) -> Bundle:
@@ -23,11 +22,6 @@ def open_bundle(source: str, data: DataSettings | None = None, revision: str | N
     data = data or DataSettings()
     folder = resolve(source, revision)
     return load(str(folder), task_named(guess_task(folder)), max_length=data.max_length, truncate=data.truncate)
-
-
-def static_figures(bundle: Bundle, length: int = 128) -> Figures:
-    """What can be said without running it: parameters, bytes by part, flops an item at `length` tokens."""
-    return weights(bundle) | part_bytes(bundle) | flops_figure(bundle, length)
 
 
 def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flyweight.engines import onnxruntime
 from flyweight.errors import ModelError, SettingsError, StepError
 from flyweight.golden import TEXTS
 from flyweight.measure.size import part_bytes, weights
+from flyweight.measure.static import static_figures
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load, origin_hash, resolve
@@ -257,7 +258,8 @@ def keep(job: Job, number: int, bundle: Bundle) -> None:
         manifest = save(bundle, folder)
         if number == job.leading:
             manifest = add_engine(job, bundle, folder, manifest)
-        artifact.write_manifest(folder, manifest)
+        figures = {"result": static_figures(bundle)}
+        artifact.write_manifest(folder, manifest.model_copy(update={"measurements": figures}))
 
 
 def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
