@@ -45,6 +45,19 @@ def test_what_was_done_before_counts_for_the_share_and_not_for_the_speed() -> No
     assert stream.getvalue().splitlines()[0] == "train: 80 % (8 of 10), 20 s left"
 
 
+def test_notes_of_a_running_task_are_thinned_out() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines(stream, clock)
+    lines.note("before")
+    for number in lines.track(slow(clock, 8, 4.0), "train", total=8):
+        lines.note(f"loss {number}")
+    lines.note("after")
+    lines.note("at once")
+    told = [line for line in stream.getvalue().splitlines() if not line.startswith("train")]
+    # the first at 4 s, the next ones at least 10 s apart (16 and 28 s), and the last one of all
+    assert told == ["before", "loss 0", "loss 3", "loss 6", "loss 7", "after", "at once"]
+
+
 def test_short_work_says_nothing() -> None:
     clock, stream = Clock(), io.StringIO()
     assert list(Lines(stream, clock).track([1, 2, 3], "quick")) == [1, 2, 3]

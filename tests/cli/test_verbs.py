@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +261,27 @@ def test_compress_from_the_shell(tiny: Any, labelled: Path, tmp_path: Path) -> N
     refused = run("compress", "out/recipe.yaml", "--out", "again")
     assert refused.returncode == 1
     assert "--overwrite" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent in another way there")
+def test_ctrl_c_says_how_to_go_on(tiny: Any, labelled: Path, tmp_path: Path) -> None:
+    model = tiny("bert", labels=("negative", "positive"))
+    words = ["finetune", str(model), "--train", str(labelled), "--validation", str(labelled), "--epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flyweight", *words, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FLYWEIGHT_CACHE": str(tmp_path / "cache")},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    left = process.stderr.read().splitlines()
+    assert process.wait(60) == 130
+    assert left[-1].startswith("interrupted: ")
+    assert "run the same command again" in left[-1]
+    assert not any("Traceback" in line for line in left)
+    assert not (tmp_path / "out").exists()

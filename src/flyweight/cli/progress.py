@@ -27,27 +27,50 @@ def total_of(items: Iterable[Any], total: int | None, done: int) -> int | None:
 
 
 class Lines:
-    """For logs and pipes: at most one line every `EVERY` seconds a task, none for short ones."""
+    """For logs and pipes: at most one line every `EVERY` seconds a task, none for short ones.
+
+    Notes made while a task runs (the loss so far) are thinned out alike; the last one is always told.
+    """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream, self.clock = stream, clock
+        self.running = 0
+        self.noted = -EVERY
+        self.held: str | None = None
 
     def note(self, text: str) -> None:
+        now = self.clock()
+        if self.running and now - self.noted < EVERY:
+            self.held = text
+            return
+        self.held = None
+        if self.running:
+            self.noted = now
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
     def track(self, items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterator[T]:
         total = total_of(items, total, done)
         began = last = self.clock()
         at = done
-        for item in items:
-            yield item
-            at += 1
-            now = self.clock()
-            if now - last >= EVERY:
-                last = now
-                self.note(f"{what}: {self._state(at, total, (now - began) / (at - done))}")
+        self.running += 1
+        try:
+            for item in items:
+                yield item
+                at += 1
+                now = self.clock()
+                if now - last >= EVERY:
+                    last = now
+                    self._print(f"{what}: {self._state(at, total, (now - began) / (at - done))}")
+        finally:
+            self.running -= 1
+            if self.held is not None:
+                self._print(self.held)
+                self.held = None
         if last > began:
-            self.note(f"{what}: done in {seconds_text(self.clock() - began)}")
+            self._print(f"{what}: done in {seconds_text(self.clock() - began)}")
 
     def _state(self, at: int, total: int | None, seconds_each: float) -> str:
         if not total:
