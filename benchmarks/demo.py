@@ -21,7 +21,7 @@ SENTENCES = (
 def flyweight(*arguments: str, accept: Sequence[int] = (0,)) -> int:
     """Show the command and run it; stop the demo on a status that is not in `accept`."""
     print(f"\n$ {shlex.join(['flyweight', *arguments])}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "flyweight.cli", *arguments]).returncode
+    status = subprocess.run([sys.executable, "-m", "flyweight", *arguments]).returncode
     if status not in accept:
         raise SystemExit(status)
     return status
