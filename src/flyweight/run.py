@@ -272,7 +272,7 @@ def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Ma
 
 def real_inputs(job: Job, number: int = 32, batch: int = 8) -> list[dict[str, NDArray[np.int64]]]:
     """A few batches of the user's texts; neutral ones of ours where there are none."""
-    some = job.splits.eval or job.splits.validation or job.bundle.encoder.examples(TEXTS)
+    some = job.splits.eval or job.splits.validation or job.bundle.encoder._replace(truncate=True).examples(TEXTS)
     rows = range(min(number, len(some)))
     return [some.batch(rows[i : i + batch], job.bundle.encoder.pad) for i in range(0, len(rows), batch)]
 

@@ -241,6 +241,8 @@ class MeasureSettings(Settings):
     """Assumed power of a busy core, where no energy counter can be read."""
     grams_per_kwh: float = Field(480.0, ge=0)
     """Carbon intensity of the grid in g CO2e per kWh."""
+    skip: tuple[Literal["memory", "energy"], ...] = ()
+    """Figures to leave out: each takes some seconds a model."""
     include_samples: bool = False
     """Let rows of the evaluation data appear in the report (off: no row of yours leaves your files)."""
 
