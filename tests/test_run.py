@@ -23,7 +23,7 @@ from flyweight.run import prepare, run_steps
 from flyweight.steps import STEPS
 
 QUICK = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
-MEASURE = {"batches": [1, 2], "lengths": [8], "rounds": 3, "skip": ["memory", "energy"]}
+MEASURE = {"batches": [1, 2], "lengths": [8], "rounds": 3, "leave_out": ["memory", "energy"]}
 
 
 class Notes:
@@ -83,7 +83,7 @@ ALL = (
 def test_all_four_techniques_in_one_run(tiny, files, tmp_path):
     notes = Notes()
     out = tmp_path / "out"
-    manifest = api.run_recipe(recipe(tiny("bert"), files, *ALL, max_drop=0.9, skip=()), out, progress=notes)
+    manifest = api.run_recipe(recipe(tiny("bert"), files, *ALL, max_drop=0.9, leave_out=()), out, progress=notes)
     assert artifact.verify(out) == manifest
     assert [step.name for step in manifest.steps] == [name for name, _ in ALL]
     assert all("parameters" in step.notes["after"] and "quality" in step.notes["after"] for step in manifest.steps)

@@ -31,7 +31,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class Settings(BaseModel):
     """Frozen, validated, closed: unknown keys are refused and the nearest known one is suggested."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -241,7 +241,7 @@ class MeasureSettings(Settings):
     """Assumed power of a busy core, where no energy counter can be read."""
     grams_per_kwh: float = Field(480.0, ge=0)
     """Carbon intensity of the grid in g CO2e per kWh."""
-    skip: tuple[Literal["memory", "energy"], ...] = ()
+    leave_out: tuple[Literal["memory", "energy"], ...] = ()
     """Figures to leave out: each takes some seconds a model."""
     include_samples: bool = False
     """Let rows of the evaluation data appear in the report (off: no row of yours leaves your files)."""

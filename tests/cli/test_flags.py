@@ -123,6 +123,7 @@ def test_no_such_value_is_wrong_usage(argv: list[str], message: str) -> None:
         (["--count", "0"], "--count: input should be greater than or equal to 1, got 0"),
         (["--share", "1"], "--share: input should be less than 1, got 1"),
         (["--bits", "9"], "--bits: input should be less than or equal to 8, got 9"),
+        (["--share", "nan"], "--share: input should be a finite number, got nan"),
     ],
 )
 def test_value_out_of_bounds_quotes_the_flag(argv: list[str], message: str) -> None:

@@ -78,7 +78,7 @@ def measure(
         found[name] |= disk(one.folder, one.engine)
     points = [Point(batch, length) for batch in sorted(settings.batches) for length in sorted(settings.lengths)]
     single, heavy = Point(1, max(settings.lengths)), points[-1]
-    for name in progress.track(() if "memory" in settings.skip else candidates, "memory", total=len(candidates)):
+    for name in progress.track(() if "memory" in settings.leave_out else candidates, "memory", total=len(candidates)):
         one = candidates[name]
         found[name]["peak_memory_bytes"] = peak_memory(
             (one.folder, one.engine), single, one.vocabulary, settings.threads
@@ -92,7 +92,7 @@ def measure(
         vocabulary = min(one.vocabulary for one in candidates.values())
         taken = time_calls(predictors, points, vocabulary, Timing(settings.rounds), seed, progress)
         _add_latency(found, taken, settings, references)
-        if "energy" not in settings.skip:
+        if "energy" not in settings.leave_out:
             _add_energy(found, predictors, heavy, vocabulary, Meter(settings.watts_per_core, card), settings, progress)
     for figures in found.values():
         figures["cost_per_million"] = _cost(figures[f"throughput_per_s@{heavy}"], settings, heavy)
