@@ -145,6 +145,7 @@ def test_compare(small: Path, labelled: Path, tmp_path: Path, capsys: pytest.Cap
     twin = tmp_path / "twin"
     shutil.copytree(small, twin)
     words = ["compare", str(small), str(twin), "--data", str(labelled), "--rounds", "3", "--batches", "1"]
+    words += ["--leave-out", "memory,energy"]
     assert main([*words, "--lengths", "8,16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["reference"], list(found["models"])) == ("small", ["small", "twin"])
@@ -247,7 +248,7 @@ def test_compress_from_the_shell(tiny: Any, labelled: Path, tmp_path: Path) -> N
             cwd=tmp_path,
         )
 
-    quick = ["--rounds", "3", "--batches", "1", "--lengths", "16"]
+    quick = ["--rounds", "3", "--batches", "1", "--lengths", "16", "--leave-out", "memory,energy"]
     data = ["--train", str(labelled), "--eval", str(labelled), "--validation", str(labelled)]
     done = run("compress", str(model), "--recipe", str(recipe), *data, *quick, "--out", "out", "--json")
     assert done.returncode == 0, done.stderr

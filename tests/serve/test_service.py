@@ -235,9 +235,9 @@ def test_embeddings(vectors: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_finishes_what_has_begun(small: Path, number: signal.Signals) -> None:
-    with serving(small, "--max-batch", "8000") as server:
+    with serving(small, "--max-batch", "4000") as server:
         replies: list[httpx.Response] = []
-        long = threading.Thread(target=lambda: replies.append(server.predict({"inputs": [["film " * 40]] * 8000})))
+        long = threading.Thread(target=lambda: replies.append(server.predict({"inputs": [["film " * 40]] * 4000})))
         long.start()
         time.sleep(0.3)
         assert not replies, "the request was to be in progress"
