@@ -141,6 +141,18 @@ def test_no_row_of_the_data_leaves_it(tiny, files, tmp_path):
     assert not any("zz" in line for line in notes.lines)
 
 
+def test_rows_appear_only_where_they_were_asked_for(tiny, files, tmp_path):
+    coarse = ("quantize", {"bits": 2, "activations": "none", "embeddings": 2})
+    asked = recipe(tiny("bert"), files, *ALL[:1], coarse, include_samples=True)
+    manifest = api.run_recipe(asked, tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Rows of the evaluation data are in this page" in page
+    assert ("zzeval" in page) == ("None among the first" not in page)
+    assert "zztrain" not in page
+    assert "zz" not in (tmp_path / "out/README.md").read_text()
+    assert "zz" not in manifest.model_dump_json()
+
+
 def test_only_the_changed_step_runs_again(tiny, files, cache):
     first = recipe(tiny("bert"), files, *ALL[:2], ("quantize", {"bits": 8}))
     run_steps(prepare(first))

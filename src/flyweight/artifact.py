@@ -274,8 +274,8 @@ def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         try:
             yield temporary
-            temporary.chmod(0o755)
             for path in [*temporary.rglob("*"), temporary]:
+                path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries write for the owner alone
                 _sync(path)
             _swap(temporary, out)
         except OSError as error:

@@ -21,6 +21,7 @@ from flyweight.models.storage import save
 from flyweight.report.card import card
 from flyweight.report.html import html
 from flyweight.run import Job, add_engine, reopen
+from flyweight.samples import changed_answers
 from flyweight.training import predict
 
 __all__ = ["finish"]
@@ -39,7 +40,10 @@ def finish(job: Job, bundle: Bundle, out: Path, overwrite: bool = False) -> Mani
         artifact.write_manifest(folder, manifest)
         figures = measure_beside_reference(job, bundle, folder)
         manifest = manifest.model_copy(update={"measurements": figures, "verdict": verdict(job, figures)})
-        return write_pages(folder, manifest, recipe)
+        samples = None
+        if job.recipe.measure.include_samples:
+            samples = changed_answers(job.recipe.data, job.task, job.reference_folder, folder)
+        return write_pages(folder, manifest, partial(html, recipe_yaml=recipe, samples=samples))
 
 
 def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str, Figures]:
@@ -87,12 +91,12 @@ def verdict(job: Job, figures: dict[str, Figures]) -> Verdict:
     return accept(job.recipe.accept, reference[metric], result[f"{metric}.difference"], job.task.metric)
 
 
-def write_pages(folder: Path, manifest: Manifest, recipe: str) -> Manifest:
+def write_pages(folder: Path, manifest: Manifest, page: Callable[[Manifest], str]) -> Manifest:
     """Card, report and manifest tell the folder's own size: write them until it no longer changes."""
     manifest = artifact.write_manifest(folder, manifest)
     for _ in range(5):
         (folder / "README.md").write_text(card(manifest), encoding="utf-8")
-        (folder / "report.html").write_text(html(manifest, recipe), encoding="utf-8")
+        (folder / "report.html").write_text(page(manifest), encoding="utf-8")
         manifest = artifact.write_manifest(folder, manifest)
         sizes = disk(folder, "onnxruntime")
         if all(manifest.measurements["result"][key].value == figure.value for key, figure in sizes.items()):

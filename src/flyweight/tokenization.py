@@ -12,7 +12,21 @@ from tokenizers import Tokenizer
 from flyweight.data import Examples, Row, pack
 from flyweight.errors import DataError, ModelError
 
-__all__ = ["Encoder", "open_encoder"]
+__all__ = ["TOKENIZER_FILES", "Encoder", "open_encoder"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+)
 
 Encoded = tuple[Sequence[int], Sequence[int] | None]
 

@@ -97,13 +97,14 @@ def step_command(name: str) -> Callable[..., None]:
         *,
         settings: Settings,
         data: DataSettings,
+        accept: Accept,
         measured: MeasureSettings,
     ) -> None:
         check_out(out, dry_run)
         need("torch", f"{name} models")
         from flyweight.api import make_recipe, step_recipe
 
-        flags = given(data) | given(measured)
+        flags = given(data) | given(accept) | given(measured)
         recipe = make_recipe(step_recipe(name, model, settings), task=task, revision=revision, seed=seed, **flags)
         execute(recipe, out, overwrite, dry_run, json)
 

@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": usable_memory(),
         "machine": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": versions(),
     }

@@ -9,28 +9,16 @@ from typing import TYPE_CHECKING
 
 from flyweight.artifact import MANIFEST, Measurement, is_artifact, read_manifest
 from flyweight.errors import ArtifactError
+from flyweight.tokenization import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flyweight.models.bundle import Bundle
 
-__all__ = ["PARTS", "TOKENIZER_FILES", "disk", "part_bytes", "part_of", "part_parameters", "weights"]
+__all__ = ["PARTS", "disk", "part_bytes", "part_of", "part_parameters", "weights"]
 
 PARTS = ("embeddings", "attention", "mlp", "norms", "head", "other")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-)
 
 
 def weights(bundle: Bundle) -> dict[str, Measurement]:

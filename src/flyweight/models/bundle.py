@@ -21,7 +21,7 @@ class Codes:
     """One weight as integers; `flyweight.models.codes` turns them back.
 
     info:       shape, bits and layout
-    codes:      [out, in] uint8, 0 .. 2^bits - 1 (for symmetric grids the code is the integer + 2^(bits-1); binary: 0 = -1, 1 = +1)
+    codes:      [out, in] uint8, 0 .. 2^bits - 1 (symmetric grids: the integer + 2^(bits-1); binary: 0 = -1, 1 = +1)
     scale:      [1], [out, 1] or [out, groups] float32
     zero_point: as `scale`, uint8, or None for symmetric and binary grids
     mask:       [out, in] bool, False where pruned, or None; pruned weights are exactly zero (a binary grid has no zero)

@@ -22,7 +22,7 @@ from flyweight.models.bundle import Bundle
 from flyweight.models.families import family_of
 from flyweight.models.storage import WEIGHTS, restore
 from flyweight.tasks.task import Task
-from flyweight.tokenization import Encoder
+from flyweight.tokenization import TOKENIZER_FILES, Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -36,15 +36,6 @@ HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 INDEX = "model.safetensors.index.json"
 UNLIMITED = 1 << 20  # relative positions set no limit, and tokenizers then write 10^30
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 CONVERT = (
     'convert it once where you trust it: python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() '
     "for k, v in torch.load(r'{path}', weights_only=True).items()}}, r'{to}', {{'format': 'pt'}})\""

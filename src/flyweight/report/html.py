@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -18,8 +18,11 @@ OWN_PAGES = ("README.md", "report.html")  # they tell of themselves: their own s
 NAMED = "result"
 
 
-def html(manifest: Manifest, recipe_yaml: str | None = None) -> str:
-    """The whole page. Everything from the manifest and the recipe is escaped."""
+def html(manifest: Manifest, recipe_yaml: str | None = None, samples: Sequence[Sequence[str]] | None = None) -> str:
+    """The whole page. Everything from the manifest, the recipe and the samples is escaped.
+
+    samples: rows of the user's data (text, label, the reference's answer, the result's), only where they were asked for
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("flyweight", "report"), undefined=jinja2.StrictUndefined, autoescape=True
     )
@@ -39,6 +42,7 @@ def html(manifest: Manifest, recipe_yaml: str | None = None) -> str:
         environment=[facts(key, value) for key, value in manifest.environment.items()],
         versions=manifest.versions,
         recipe=recipe_yaml,
+        samples=samples,
         files=[(name, number(entry.bytes, "B"), entry.sha256) for name, entry in manifest.files.items() if name not in OWN_PAGES],
     )  # fmt: skip
 

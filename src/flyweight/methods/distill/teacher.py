@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flyweight.context import Progress
 from flyweight.data import Examples
+from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
 from flyweight.models.surgery import blocks
 from flyweight.training import find_device, placed, predict
@@ -41,7 +42,7 @@ def answers(
     found = _read(path, len(data), progress)
     if found is not None:
         return found
-    with placed(teacher.model, find_device(device)):
+    with placed(teacher.model, find_device(device)), simulate(teacher):
         found = predict(teacher, data, progress=progress, what="asking the teacher")
     made = found
     write_atomically(path, lambda file: np.save(file, made, allow_pickle=False))
