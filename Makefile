@@ -16,7 +16,7 @@ demo: $(VENV)/.installed      ## the main job on a real model and real data; at 
 	$(RUN) -m benchmarks.demo
 
 test: $(VENV)/.installed      ## the quick tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 slow: $(VENV)/.installed      ## the tests that take minutes
 	$(RUN) -m pytest -m slow

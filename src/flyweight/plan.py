@@ -171,7 +171,7 @@ def mean_length(job: Job) -> float:
     for part in (job.splits.train, job.splits.eval):
         if part is not None:
             return float(part.lengths.mean())
-    return float(job.recipe.measure.lengths[-1])
+    return float(job.recipe.measure.within(job.bundle.encoder.max_length).lengths[-1])
 
 
 def timed(job: Job, batch: int = 16) -> Speed:

@@ -305,4 +305,7 @@ def _read_weights(folder: Path, config: Any, family: Family, task: Task, seed: i
         raise ModelError(
             f"all weights in {folder}", f"{len(missing)} missing, such as '{missing[0]}'", "fetch the model again"
         )
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"finite weights in {folder}", f"NaN or infinity in '{name}'", "fetch the model again")
     return cast("PreTrainedModel", model.eval())
