@@ -41,6 +41,9 @@ def make_recipe(recipe: str | Path | Recipe = "balanced", **given: Any) -> Recip
     for key, value in given.items():
         if value is None:
             continue
+        if key in parts and isinstance(value, Mapping):
+            parts[key] |= value
+            continue
         part = next((name for name in parts if key in type(getattr(base, name)).model_fields), None)
         if key in Recipe.model_fields and (key not in parts or isinstance(value, Settings)):
             values[key] = value

@@ -9,6 +9,7 @@ Where it is: FLYWEIGHT_CACHE, else the system's cache folder. Its cap: FLYWEIGHT
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import platformdirs
 
-from flyweight.artifact import MANIFEST
-from flyweight.errors import SettingsError
+from flyweight.artifact import MANIFEST, read_manifest, verify
+from flyweight.errors import ArtifactError, SettingsError, StorageError
 
 __all__ = ["Cache", "Entry"]
 
@@ -50,7 +51,7 @@ class Cache:
         text = os.environ.get("FLYWEIGHT_CACHE_GB", "20")
         try:
             return int(float(text) * 1e9)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise SettingsError(
                 "a number of gigabytes in FLYWEIGHT_CACHE_GB", repr(text), "set it to e.g. 20"
             ) from None
@@ -70,19 +71,38 @@ class Cache:
         path = self.prefix(key)
         if not (path / MANIFEST).is_file():
             return False
-        os.utime(path)
+        with contextlib.suppress(OSError):  # gone since, or not ours to touch
+            os.utime(path)
         return True
+
+    def has_engine(self, key: str) -> bool:
+        """Whether the prefix holds an engine's file, as the reference of a run does."""
+        try:
+            return bool(read_manifest(self.prefix(key)).engines)
+        except ArtifactError:
+            return False
+
+    def whole(self, key: str) -> bool:
+        """Whether every file of the prefix is as it was written."""
+        try:
+            verify(self.prefix(key))
+        except ArtifactError:
+            return False
+        return True
+
+    def drop(self, key: str) -> None:
+        """Remove a prefix. Raises StorageError when that cannot be done."""
+        path = self.prefix(key)
+        remove(Entry("prefixes", key, path, 0, 0.0))
+        if path.exists():
+            raise StorageError(f"to remove the damaged {path}", "a folder that stays", "remove it yourself")
 
     def entries(self) -> Iterator[Entry]:
         for kind in self.KINDS:
             folder = self.root / kind
             for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                size = (
-                    sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                    if path.is_dir()
-                    else path.stat().st_size
-                )
-                yield Entry(kind, path.name, path, size, path.stat().st_mtime)
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    yield Entry(kind, path.name, path, size_of(path), path.stat().st_mtime)
 
     def trim(self, keep: frozenset[str] = frozenset()) -> int:
         """Remove the least recently used entries until the cap holds; returns the bytes freed. `keep`: keys in use."""
@@ -92,7 +112,8 @@ class Cache:
         for entry in found:
             if freed >= over:
                 break
-            recent = entry.kind == "work" and time.time() - entry.used < 86_400  # may belong to a run in progress
+            begun = entry.kind == "work" or entry.key.startswith(".")  # may belong to a run in progress
+            recent = begun and time.time() - entry.used < 86_400
             if entry.key not in keep and not recent:
                 freed += remove(entry)
         return freed
@@ -102,9 +123,27 @@ class Cache:
         return sum(remove(entry) for entry in list(self.entries()))
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all below a folder; what vanishes meanwhile counts nothing."""
+    if not path.is_dir():
+        return path.stat().st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(folder, name).stat().st_size
+    return total
+
+
 def remove(entry: Entry) -> int:
-    if entry.path.is_dir():
-        shutil.rmtree(entry.path, ignore_errors=True)
+    """Renamed first: a removal that is cut short must not leave half an entry in the place of a whole one."""
+    gone = entry.path.with_name(f".{entry.key[:32]}.{os.getpid()}.gone")
+    try:
+        entry.path.rename(gone)
+    except OSError:  # in use, or another process was quicker
+        return 0
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
     else:
-        entry.path.unlink(missing_ok=True)
+        gone.unlink(missing_ok=True)
     return entry.bytes

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 
 from flyweight.errors import StorageError
+from flyweight.measure.environment import usable_memory
 from flyweight.run import Job
 from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, TrainSettings
 
@@ -69,9 +69,8 @@ def make_plan(job: Job) -> Plan:
     speed = timed(job)
     total = sum(p.numel() for p in job.bundle.model.parameters())
     blocks = sum(p.numel() for name, p in job.bundle.model.named_parameters() if "embed" not in name)
-    share, done, rows = 1.0, 0, []
+    share, done, rows = 1.0, job.done, []
     steps = job.recipe.steps
-    done = max((i for i in range(1, len(steps) + 1) if job.cached(i)), default=0)
     for number, step in enumerate(steps):
         settings = step.settings
         before, share = share, share * kept_share(job, settings)
@@ -147,7 +146,9 @@ def job_blocks(job: Job) -> list[list[object]]:
 
 def cost(job: Job, settings: object, speed: Speed, before: float, share: float) -> tuple[float, float]:
     """Seconds, and memory as a multiple of the model's weights (weights + gradients + two moments + best weights)."""
-    examples = sum(len(part) for part in (job.splits.train,) if part is not None)
+    examples = len(job.splits.train) if job.splits.train is not None else 0
+    if isinstance(settings, DistillSettings) and settings.unlabelled is not None:
+        examples += len(job.unlabelled[settings.unlabelled])
     validation = len(job.splits.validation) if job.splits.validation is not None else 0
     trains = isinstance(settings, FinetuneSettings | DistillSettings)
     if isinstance(settings, PruneSettings):
@@ -212,7 +213,7 @@ def refuse_what_cannot_fit(plan: Plan, job: Job) -> None:
             f"{free / 1e9:.1f} GB",
             "free space or set FLYWEIGHT_CACHE to another disk",
         )
-    memory = psutil.virtual_memory().total
+    memory = usable_memory()
     if plan.memory_bytes > memory:
         raise StorageError(
             f"about {plan.memory_bytes / 1e9:.1f} GB of memory",

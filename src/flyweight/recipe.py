@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -93,35 +94,47 @@ class Recipe(Settings):
     def with_paths_from(self, folder: Path) -> Self:
         """Relative data files, model, teacher and student folders are taken from the folder of the recipe file."""
         data = {k: folder / v for k in PATHS if (v := getattr(self.data, k)) is not None and not v.is_absolute()}
-        steps = []
-        for step in self.steps:
-            if isinstance(step.settings, DistillSettings):
-                given = {k: _near(folder, getattr(step.settings, k)) for k in ("teacher", "student", "unlabelled")}
-                step = StepSpec(step.name, step.settings.model_copy(update=given))
-            steps.append(step)
+        near = partial(_near, folder)
         return self.model_copy(
             update={
-                "model": _near(folder, self.model),
+                "model": near(self.model) if self.model else None,
                 "data": self.data.model_copy(update=data),
-                "steps": tuple(steps),
+                "steps": tuple(_with_paths(step, near) for step in self.steps),
             }
         )
 
     def to_yaml(self) -> str:
         """The recipe as a file that runs again: settings of steps written out, paths absolute."""
         data = {k: v.absolute() for k in PATHS if (v := getattr(self.data, k)) is not None}
-        model = str(Path(self.model).absolute()) if self.model and Path(self.model).exists() else self.model
-        whole = self.model_copy(update={"data": self.data.model_copy(update=data), "model": model})
+        changes = {
+            "data": self.data.model_copy(update=data),
+            "model": _absolute(self.model) if self.model else None,
+            "steps": tuple(_with_paths(step, _absolute) for step in self.steps),
+        }
+        whole = self.model_copy(update=changes)
         content = {"flyweight": 1, **whole.model_dump(mode="json", exclude_defaults=True)}
         content = {k: v for k, v in content.items() if v != {} and v is not None}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _near(folder: Path, value: Any) -> Any:
-    """`folder/value` where that exists; names like `reference` and hub ids stay as they are."""
-    if value is None or Path(value).is_absolute() or not (folder / value).exists():
+    """`folder/value` where that exists; hub ids stay as they are."""
+    if Path(value).is_absolute() or not (folder / value).exists():
         return value
     return type(value)(folder / value)
+
+
+def _absolute(value: Any) -> Any:
+    return type(value)(Path(value).absolute()) if Path(value).exists() else value
+
+
+def _with_paths(step: StepSpec, change: Callable[[Any], Any]) -> StepSpec:
+    """The step with `change` made to every path that it names; the teacher `reference` is none."""
+    if not isinstance(step.settings, DistillSettings):
+        return step
+    named = {name: getattr(step.settings, name) for name in ("teacher", "student", "unlabelled")}
+    paths = {k: v for k, v in named.items() if v is not None and (k, v) != ("teacher", "reference")}
+    return StepSpec(step.name, step.settings.model_copy(update={k: change(v) for k, v in paths.items()}))
 
 
 def _read_step(item: Any, number: int) -> StepSpec:
@@ -182,7 +195,9 @@ def check_order(steps: Sequence[StepSpec], packed: bool = False, sparse: str | N
     """
     for number, step in enumerate(steps):
         place = f"steps[{number}] {step.name}"
-        if packed and step.name != "quantize":
+        if packed and step.name == "quantize":
+            raise StepError(f"{place} on float weights", "packed ones", "quantize once: start from the float model")
+        if packed:
             raise StepError(
                 f"{place} before quantize",
                 "it after quantize",

@@ -9,7 +9,9 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from flyweight import artifact
 from flyweight.artifact import Manifest, StepRecord
 from flyweight.cache import Cache
 from flyweight.context import Context, NoProgress, Progress
+from flyweight.data import Examples
 from flyweight.engines import onnxruntime
 from flyweight.errors import ModelError, SettingsError, StepError
 from flyweight.golden import TEXTS
@@ -38,12 +41,19 @@ from flyweight.training import predict
 
 __all__ = ["Job", "prepare", "run_steps"]
 
+CODE = (
+    *("models", "methods", "tasks", "training", "engines", "data.py", "splits.py", "tokenization.py", "artifact.py"),
+    *("measure/flops.py", "measure/size.py"),  # figures of an entry
+)
+LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
+
 
 @dataclass
 class Job:
     """A recipe whose model and data have been read and found fit.
 
-    keys: content hash of every prefix; keys[i] names the model after i steps
+    keys:       content hash of every prefix; keys[i] names the model after i steps
+    unlabelled: the further texts of every file that a step names
     """
 
     recipe: Recipe
@@ -53,6 +63,7 @@ class Job:
     keys: list[str]
     cache: Cache
     progress: Progress
+    unlabelled: dict[Path, Examples]
 
     @property
     def leading(self) -> int:
@@ -65,8 +76,15 @@ class Job:
         return self.cache.prefix(self.keys[self.leading])
 
     def cached(self, number: int) -> bool:
-        """Whether the model after `number` steps is there already."""
-        return self.cache.found(self.keys[number])
+        """Whether the model after `number` steps is there already; the reference has its engine's file, too."""
+        key = self.keys[number]
+        return self.cache.found(key) and (number != self.leading or self.cache.has_engine(key))
+
+    @property
+    def done(self) -> int:
+        """How many steps need not run. Without the reference those after it are of no use."""
+        last = len(self.recipe.steps) if self.cached(self.leading) else self.leading
+        return max((i for i in range(1, last + 1) if self.cached(i)), default=0)
 
 
 def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | None = None) -> Job:
@@ -90,7 +108,14 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
         progress.note(
             f"warning: {splits.shared} of {len(splits.eval)} evaluation texts stand in the training data as well"
         )
-    return Job(recipe, task, bundle, splits, prefix_keys(recipe, task, bundle, splits, source), cache, progress)
+    texts = {path: read_unlabelled(path, data, task, bundle.encoder) for path in unlabelled_files(recipe)}
+    keys = prefix_keys(recipe, task, bundle, splits, texts, source)
+    return Job(recipe, task, bundle, splits, keys, cache, progress, texts)
+
+
+def unlabelled_files(recipe: Recipe) -> set[Path]:
+    settings = [step.settings for step in recipe.steps]
+    return {one.unlabelled for one in settings if isinstance(one, DistillSettings) and one.unlabelled is not None}
 
 
 def check_data(recipe: Recipe, task: Task) -> None:
@@ -101,6 +126,10 @@ def check_data(recipe: Recipe, task: Task) -> None:
         needs = isinstance(settings, FinetuneSettings | DistillSettings) or (
             isinstance(settings, PruneSettings) and (settings.criterion == "taylor" or settings.gradual == "cubic")
         )
+        if needs and not task.labelled and not isinstance(settings, DistillSettings):
+            raise SettingsError(
+                f"a task with labels for {place}", f"'{task.name}'", "train by distill, and prune one-shot by magnitude"
+            )
         if not needs or recipe.data.train is not None:
             continue
         if not alone:
@@ -126,7 +155,9 @@ def check_head(recipe: Recipe, bundle: Bundle) -> None:
         )
 
 
-def prefix_keys(recipe: Recipe, task: Task, bundle: Bundle, splits: Splits, source: Path) -> list[str]:
+def prefix_keys(
+    recipe: Recipe, task: Task, bundle: Bundle, splits: Splits, texts: Mapping[Path, Examples], source: Path
+) -> list[str]:
     """Hash of all that the model after each step depends on: code, origin, data, seed, settings, other models and files."""
     parts = (splits.train, splits.validation)
     data = [None if part is None else part.content_hash() for part in parts]
@@ -143,26 +174,26 @@ def prefix_keys(recipe: Recipe, task: Task, bundle: Bundle, splits: Splits, sour
     )
     keys = [content_key(*first)]
     for step in recipe.steps:
-        keys.append(content_key(keys[-1], step.as_data(), outside_hashes(step)))
+        keys.append(content_key(keys[-1], step.as_data(), outside_hashes(step, texts)))
     return keys
 
 
-def outside_hashes(step: StepSpec) -> list[str]:
+def outside_hashes(step: StepSpec, texts: Mapping[Path, Examples]) -> list[str]:
     """Content of the models and files that a step names."""
     if not isinstance(step.settings, DistillSettings):
         return []
     named = [step.settings.student, None if step.settings.teacher == "reference" else step.settings.teacher]
     hashes = [origin_hash(resolve(name)) for name in named if name is not None]
-    if step.settings.unlabelled is not None and step.settings.unlabelled.is_file():
-        hashes.append(artifact.file_hash(step.settings.unlabelled))
+    if step.settings.unlabelled is not None:
+        hashes.append(texts[step.settings.unlabelled].content_hash())
     return hashes
 
 
 def code_hash() -> str:
-    """Our own code that decides what comes out; an upgrade must not bring old results back."""
+    """The code that decides what comes out, ours and the libraries'; an upgrade must not bring old results back."""
     root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for part in ("models", "methods", "tasks", "training.py", "training", "data.py", "splits.py", "tokenization.py"):
+    digest = hashlib.sha256("".join(metadata.version(name) for name in LIBRARIES).encode())
+    for part in CODE:
         paths = [root / part] if (root / part).is_file() else sorted((root / part).rglob("*.py"))
         for path in paths:
             digest.update(path.read_bytes())
@@ -172,9 +203,7 @@ def code_hash() -> str:
 def run_steps(job: Job) -> Bundle:
     """Run what is not cached yet; afterwards the reference's cache entry exists. Returns the final model."""
     steps, leading = job.recipe.steps, job.leading
-    done = max((i for i in range(1, len(steps) + 1) if job.cached(i)), default=0)
-    if not job.cached(leading):
-        done = max((i for i in range(1, leading + 1) if job.cached(i)), default=0)
+    done = whole(job)
     bundle = reopen(job, done) if done else job.bundle
     if done == 0 and leading == 0 and not job.cached(0):
         keep(job, 0, bundle)
@@ -187,6 +216,18 @@ def run_steps(job: Job) -> Bundle:
         bundle = run_step(job, number, bundle)
     job.cache.trim(keep=frozenset(job.keys))
     return bundle
+
+
+def whole(job: Job) -> int:
+    """`job.done`, once what would be read has been verified; a damaged entry is removed and made again."""
+    while True:
+        done = job.done
+        damaged = [i for i in {done, job.leading} if job.cached(i) and not job.cache.whole(job.keys[i])]
+        if not damaged:
+            return done
+        for number in damaged:
+            job.progress.note(f"the model after {number} steps is damaged in the cache: making it again")
+            job.cache.drop(job.keys[number])
 
 
 def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
@@ -215,7 +256,7 @@ def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
     data = job.recipe.data
     unlabelled = None
     if isinstance(settings, DistillSettings) and settings.unlabelled is not None:
-        unlabelled = read_unlabelled(settings.unlabelled, data, job.task, bundle.encoder)
+        unlabelled = job.unlabelled[settings.unlabelled]
 
     def reference() -> Bundle:
         if number < job.leading:
@@ -254,6 +295,8 @@ def reopen(job: Job, number: int) -> Bundle:
 
 def keep(job: Job, number: int, bundle: Bundle) -> None:
     """Write the model after `number` steps into the cache; the reference gets its fp32 engine file there, too."""
+    if job.cached(number):
+        return  # another process was quicker, and its entry may be in use
     with artifact.write_folder(job.cache.prefix(job.keys[number]), overwrite=True) as folder:
         manifest = save(bundle, folder)
         if number == job.leading:

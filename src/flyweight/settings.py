@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):
@@ -117,7 +118,7 @@ class DistillSettings(TrainSettings):
 class PruneSettings(TrainSettings):
     """Remove weights, heads, neurons or layers.
 
-    The training settings matter with `schedule: cubic`, where the model trains while it shrinks.
+    The training settings matter with `gradual: cubic`, where the model trains while it shrinks.
     """
 
     target: Literal["weights", "heads", "neurons", "layers"] = "weights"
@@ -229,9 +230,9 @@ class MeasureSettings(Settings):
 
     threads: int = Field(1, ge=1)
     """CPU threads of the engine."""
-    batches: tuple[int, ...] = (1, 32)
+    batches: tuple[Positive, ...] = Field((1, 32), min_length=1)
     """Batch sizes at which latency is taken."""
-    lengths: tuple[int, ...] = (32, 128)
+    lengths: tuple[Positive, ...] = Field((32, 128), min_length=1)
     """Input lengths in tokens at which latency is taken."""
     rounds: int = Field(30, ge=3)
     """Interleaved rounds a point (A B A B ...)."""

@@ -231,6 +231,7 @@ def test_another_teacher_is_another_cache_entry(folder: Path, tmp_path: Path) ->
     with torch.no_grad():
         bundle.model.classifier.bias[0] += 1.0
     assert identity(bundle) != key
+    assert identity(replace(bundle, activations="dynamic")) != identity(bundle)
     second = answers(bundle, identity(bundle), data, tmp_path, cases.Notes(), "cpu")
     np.testing.assert_allclose(second - first, [[1.0, 0.0]] * 5, atol=1e-6)
     assert len(list(tmp_path.iterdir())) == 2

@@ -42,6 +42,8 @@ class TextClassification:
 
     def encode(self, rows: Iterable[Row], encoder: Encoder, labels: Sequence[str] | None) -> Examples:
         number = {name: i for i, name in enumerate(labels or ())}
+        if all(name == f"LABEL_{i}" for name, i in number.items()):  # a model that names its classes by number alone
+            number |= {str(i): i for i in number.values()}
         encoded, classes = [], []
         for row, ids in encoder.stream(rows):
             encoded.append(ids)
@@ -49,7 +51,7 @@ class TextClassification:
                 continue
             name = label_text(row.label)
             if name not in number:
-                known = ", ".join(map(repr, list(number)[:20]))
+                known = ", ".join(map(repr, labels[:20]))
                 raise DataError(
                     f"one of the model's labels ({known}) at {row.where}",
                     f"'{name}'{nearest(name, number)}",

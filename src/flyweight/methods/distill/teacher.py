@@ -26,7 +26,8 @@ __all__ = ["answers", "hidden", "identity", "tap"]
 
 def identity(teacher: Bundle) -> str:
     """sha256 of everything the teacher's answers depend on beside the examples."""
-    return content_hash(teacher.task, teacher.family.model_type, teacher.model.config.to_dict(), weights(teacher.model))
+    how = teacher.task, teacher.family.model_type, teacher.activations
+    return content_hash(*how, teacher.model.config.to_dict(), weights(teacher.model))
 
 
 def answers(
