@@ -1,12 +1,15 @@
 """What is on disk is whole, or it is not there."""
 
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +147,35 @@ def test_a_killed_writer_leaves_the_old_artifact(tmp_path):
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == -signal.SIGKILL
     assert verify(out) == before
+
+
+def test_files_are_flushed_as_windows_wants_it(tmp_path, monkeypatch):
+    """There a file that is open for reading alone cannot be flushed: EBADF."""
+    fcntl = pytest.importorskip("fcntl")
+    flush = os.fsync
+
+    def on_windows(handle):
+        if (
+            not stat.S_ISDIR(os.fstat(handle).st_mode)
+            and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        ):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", on_windows)
+    assert verify(make(tmp_path / "a"))
+
+
+def test_two_that_write_the_same_at_once_leave_one_whole(tmp_path, monkeypatch):
+    rename, out = Path.rename, tmp_path / "a"
+
+    def another_was_quicker(path, target):
+        if path.name.endswith(".tmp") and not out.exists():
+            monkeypatch.undo()
+            make(out)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", another_was_quicker)
+    make(out, b"mine", overwrite=True)
+    assert verify(out).files["onnx/model.onnx"].bytes == 4
+    assert os.listdir(tmp_path) == ["a"]

@@ -288,8 +288,12 @@ def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def _swap(new: Path, out: Path) -> None:
     if not out.exists():
-        new.rename(out)
-        return
+        try:
+            new.rename(out)
+            return
+        except OSError:
+            if not out.exists():  # else another process wrote it meanwhile: it is replaced
+                raise
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
     out.rename(old / out.name)
     try:
@@ -304,7 +308,7 @@ def _swap(new: Path, out: Path) -> None:
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":  # a folder cannot be fsynced there
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what is open for writing
     try:
         with contextlib.suppress(PermissionError):
             os.fsync(handle)
