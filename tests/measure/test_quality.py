@@ -129,3 +129,18 @@ def test_answers_come_in_the_order_of_the_examples() -> None:
     examples, _ = labelled(45, 2, seed=9)
     sums = [examples.ids[a:b].sum() for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
     np.testing.assert_array_equal(answers(Echo(), examples, pad=0, batch_size=7)[:, 0], sums)
+
+
+def test_many_classes_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of classes x classes for each of 2,000 samples at once would be 16 GB at 1,000 classes."""
+    largest, real = 0, module._macro_f1
+
+    def watched(outputs: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        nonlocal largest
+        largest = max(largest, len(rows) * outputs.shape[1] ** 2)
+        return real(outputs, labels, rows)
+
+    monkeypatch.setattr(module, "_macro_f1", watched)
+    examples, outputs = labelled(50, 300)
+    assert len(resamples(CLASSIFY, outputs, examples, number=200)["macro_f1"]) == 200
+    assert largest <= module.CHUNK

@@ -417,3 +417,16 @@ def test_without_labels_what_needs_them_is_refused(bundle, context, values):
 def test_gradual_without_steps_is_refused(bundle, context):
     with pytest.raises(StepError, match="at least one training step"):
         prune(bundle, settings(amount=0.5, gradual="cubic", epochs=0), context)
+
+
+def test_gradients_of_layers_are_compared_at_one_length(bundle, context, monkeypatch):
+    """Else a layer with large gradients would keep all its units in a comparison over all layers."""
+    raw = {
+        scoring.Group("encoder", 0): torch.tensor([3.0, 4.0]),
+        scoring.Group("encoder", 1): torch.tensor([300.0, 400.0]),
+    }
+    monkeypatch.setattr(scoring, "taylor", lambda *_: raw)
+    given = {"target": "neurons", "amount": 0.5, "criterion": "taylor"}
+    found = scoring.score(bundle, settings(**given, scope="global"), context)
+    assert [score.tolist() for score in found.values()] == [pytest.approx([0.6, 0.8])] * 2
+    assert scoring.score(bundle, settings(**given), context) == raw

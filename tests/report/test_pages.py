@@ -186,3 +186,11 @@ def test_compare_with_gaps() -> None:
     del found["result"]["peak_memory_bytes"]
     row = next(line for line in compare_table(found, 150, False).splitlines() if line.startswith("peak"))
     assert row.split("│")[-1].strip() == "-"
+
+
+def test_only_packed_weights_are_called_packed() -> None:
+    """Pruned heads leave shapes that a config cannot say, in plain floats."""
+    cut = make(plain=False, quantized={}, sparse={})
+    assert "packed" not in card(cut).partition("## ")[0]
+    assert "shapes that no config can say" in card(cut)
+    assert "packed in Flyweight" in card(make(plain=False, sparse={"x": "unstructured"}))

@@ -63,7 +63,9 @@ def _resampled(name: str, task: Task, outputs: Array, examples: Examples, draws:
         cosine = task.scores(outputs, examples).astype(np.float64)
         return np.concatenate([np.percentile(cosine[rows], 1, axis=1) for rows in draws()])
     if name == "macro_f1" and examples.labels is not None and outputs.ndim == 2:
-        return np.concatenate([_macro_f1(outputs, examples.labels, rows) for rows in draws()])
+        few = max(1, CHUNK // outputs.shape[1] ** 2)  # a table of classes x classes each
+        parts = (rows[i : i + few] for rows in draws() for i in range(0, len(rows), few))
+        return np.concatenate([_macro_f1(outputs, examples.labels, some) for some in parts])
     every = (task.metrics(outputs[row], examples.take(row))[name] for rows in draws() for row in rows)
     return np.fromiter(every, dtype=np.float64)
 

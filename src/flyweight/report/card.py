@@ -56,9 +56,15 @@ def what(manifest: Manifest) -> str:
     made = f"by {', '.join(names)}" if names else "without any step"
     blocks = [f"{len(stack)} {name} blocks" for name, stack in manifest.blocks.items()]
     shape = f" It has {' and '.join(blocks)}." if blocks else ""
-    plain = "The folder is plain Hugging Face: `AutoModel` loads it." if manifest.plain else (
-        "Its weights are packed in Flyweight's own layout; `flyweight` or the engine's file loads it."
-    )  # fmt: skip
+    packed = bool(manifest.quantized or manifest.sparse)
+    own = (
+        "Its weights are packed in Flyweight's own layout"
+        if packed
+        else "Its blocks have shapes that no config can say"
+    )
+    plain = "The folder is plain Hugging Face: `AutoModel` loads it."
+    if not manifest.plain:
+        plain = f"{own}; `flyweight` or the engine's file loads it."
     return (
         f"A {manifest.family} model for {manifest.task}, made {made} with Flyweight {manifest.flyweight} "
         f"(seed {manifest.seed}).{shape} {plain}"

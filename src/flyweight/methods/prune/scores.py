@@ -69,7 +69,11 @@ def score(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
         return magnitude(bundle, settings.target)
     if settings.criterion == "random":
         return random(bundle, settings.target, context.seed)
-    return taylor(bundle, settings, context)
+    found = taylor(bundle, settings, context)
+    if settings.scope == "layer":
+        return found
+    # gradients differ in size from layer to layer: compare them at one length (Molchanov et al. 2017, section 2.2)
+    return {group: summed / summed.norm().clamp(min=1e-30) for group, summed in found.items()}
 
 
 def random(bundle: Bundle, target: str, seed: int) -> Scores:
