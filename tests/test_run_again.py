@@ -8,8 +8,8 @@ pytest.importorskip("torch", reason="runs need the extra `compress`")
 
 from flyweight import api, artifact
 from flyweight.cache import Cache
-from flyweight.compare import evaluate
-from flyweight.errors import SettingsError, StepError
+from flyweight.compare import compare, evaluate
+from flyweight.errors import ModelError, SettingsError, StepError
 from flyweight.plan import make_plan
 from flyweight.recipe import Recipe, StepSpec, check_order, read_recipe
 from flyweight.run import prepare, run_steps
@@ -142,3 +142,22 @@ def test_parts_of_a_recipe_are_given_whole_by_name_or_both():
 def test_points_that_cannot_be_measured_are_refused_at_once(wrong):
     with pytest.raises(SettingsError, match=f"measure.{next(iter(wrong))}"):
         api.make_recipe(Recipe(), **wrong)
+
+
+def test_flops_of_different_lengths_are_not_compared(tiny, tmp_path):
+    quick = {"batches": [1], "rounds": 3, "leave_out": ["memory", "energy"]}
+    model, found = tiny("bert", labels=("no", "yes")), {}
+    for length in (8, 16):
+        api.run_step("quantize", model, out=tmp_path / f"{length}", measure={**quick, "lengths": [length]})
+    measured = Recipe().measure.read({**quick, "lengths": [8]}, "measure")
+    for name, other in (("same", 8), ("different", 16)):
+        found[name] = compare([tmp_path / "8", tmp_path / f"{other}"], measured=measured)
+    assert all("flops" in figures for figures in found["same"].values())
+    assert not any("flops" in figures for figures in found["different"].values())
+
+
+def test_a_packed_model_is_no_reference(tiny, tmp_path):
+    quick = {"batches": [1], "lengths": [8], "rounds": 3, "leave_out": ["memory", "energy"]}
+    api.run_step("quantize", tiny("bert"), out=tmp_path / "small", measure=quick)
+    with pytest.raises(ModelError, match="float weights in .*small, got packed ones"):
+        prepare(recipe(tmp_path / "small"))

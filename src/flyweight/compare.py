@@ -114,6 +114,11 @@ def compare(
     names = short_names([Path(path) for path in paths])
     opened = {name: open_path(path, engine, settings) for name, path in zip(names, paths, strict=True)}
     first = opened[names[0]]
+    known = {name: dict(one.known) for name, one in opened.items()}
+    if len({figures["flops"].method for figures in known.values() if "flops" in figures}) > 1:
+        (progress or NoProgress()).note("FLOPs are left out: they were counted at different lengths")
+        for figures in known.values():
+            figures.pop("flops", None)
     candidates = {}
     for name, one in opened.items():
         if one.task.name != first.task.name or set(one.labels or ()) != set(first.labels or ()):
@@ -128,7 +133,7 @@ def compare(
             labelled = Labelled(one.task, examples, one.encoder.pad)
         size = one.encoder.tokenizer.get_vocab_size()
         candidates[name] = Candidate(
-            partial(one.open, measured.threads), one.folder, one.engine, size, labelled, one.known
+            partial(one.open, measured.threads), one.folder, one.engine, size, labelled, known[name]
         )
     measured = measured.within(min(one.encoder.max_length for one in opened.values()))
     return measure(candidates, measured, references=names[:1], progress=progress)

@@ -102,6 +102,8 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     bundle = load(str(source), task, labels=names, max_length=data.max_length, truncate=data.truncate, seed=recipe.seed)
     check_order(recipe.steps, bool(bundle.quantized), next(iter(bundle.sparse.values()), None))
     check_head(recipe, bundle)
+    if bundle.quantized:  # its own figures would stand as those of a reference in fp32
+        raise ModelError(f"float weights in {recipe.model}", "packed ones", "measure it by `flyweight compare`")
     progress.note("reading the data")
     splits = read_splits(data, task, bundle.encoder, bundle.labels)
     if splits.shared and splits.eval is not None:
