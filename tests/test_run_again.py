@@ -8,6 +8,7 @@ pytest.importorskip("torch", reason="runs need the extra `compress`")
 
 from flyweight import api, artifact
 from flyweight.cache import Cache
+from flyweight.cli import main
 from flyweight.compare import compare, evaluate
 from flyweight.errors import ModelError, SettingsError, StepError
 from flyweight.plan import make_plan
@@ -161,3 +162,16 @@ def test_a_packed_model_is_no_reference(tiny, tmp_path):
     api.run_step("quantize", tiny("bert"), out=tmp_path / "small", measure=quick)
     with pytest.raises(ModelError, match="float weights in .*small, got packed ones"):
         prepare(recipe(tmp_path / "small"))
+
+
+def test_folders_of_the_maker_are_not_in_the_pages(tiny, train, tmp_path):
+    quick = {"batches": [1], "lengths": [8], "rounds": 3, "leave_out": ["memory", "energy"], "include_samples": True}
+    made = recipe(tiny("bert"), ("finetune", QUICK), train=train, eval=train, task="text-classification", measure=quick)
+    api.run_recipe(made, tmp_path / "out")
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert str(tmp_path) not in page + card
+    assert "train: train.jsonl" in page
+    assert str(train) in (tmp_path / "out/recipe.yaml").read_text()
+    assert "No row of the data" not in card
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again.html")]) == 0
+    assert str(tmp_path) not in (tmp_path / "again.html").read_text()

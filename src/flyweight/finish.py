@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from flyweight.training import predict
 __all__ = ["finish"]
 
 REFERENCES = ("reference_torch", "reference_onnxruntime")
+Pages = Mapping[str, Callable[[Manifest], str]]
 
 
 def finish(job: Job, bundle: Bundle, out: Path, overwrite: bool = False) -> Manifest:
@@ -35,15 +36,18 @@ def finish(job: Job, bundle: Bundle, out: Path, overwrite: bool = False) -> Mani
         manifest = save(bundle, folder)
         manifest = add_engine(job, bundle, folder, manifest)
         manifest = manifest.model_copy(update={"seed": job.recipe.seed, "environment": environment()})
-        recipe = job.recipe.to_yaml()
-        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
         artifact.write_manifest(folder, manifest)
         figures = measure_beside_reference(job, bundle, folder)
         manifest = manifest.model_copy(update={"measurements": figures, "verdict": verdict(job, figures)})
         samples = None
         if job.recipe.measure.include_samples:
             samples = changed_answers(job.recipe.data, job.task, job.reference_folder, folder)
-        return write_pages(folder, manifest, partial(html, recipe_yaml=recipe, samples=samples))
+        pages: Pages = {
+            "README.md": partial(card, samples=samples is not None),
+            "report.html": partial(html, recipe_yaml=job.recipe.to_yaml(private=True), samples=samples),
+        }
+        return write_pages(folder, manifest, pages)
 
 
 def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str, Figures]:
@@ -91,12 +95,12 @@ def verdict(job: Job, figures: dict[str, Figures]) -> Verdict:
     return accept(job.recipe.accept, reference[metric], result[f"{metric}.difference"], job.task.metric)
 
 
-def write_pages(folder: Path, manifest: Manifest, page: Callable[[Manifest], str]) -> Manifest:
+def write_pages(folder: Path, manifest: Manifest, pages: Pages) -> Manifest:
     """Card, report and manifest tell the folder's own size: write them until it no longer changes."""
     manifest = artifact.write_manifest(folder, manifest)
     for _ in range(5):
-        (folder / "README.md").write_text(card(manifest), encoding="utf-8")
-        (folder / "report.html").write_text(page(manifest), encoding="utf-8")
+        for name, page in pages.items():
+            (folder / name).write_text(page(manifest), encoding="utf-8")
         manifest = artifact.write_manifest(folder, manifest)
         sizes = disk(folder, "onnxruntime")
         if all(manifest.measurements["result"][key].value == figure.value for key, figure in sizes.items()):

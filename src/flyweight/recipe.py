@@ -103,13 +103,17 @@ class Recipe(Settings):
             }
         )
 
-    def to_yaml(self) -> str:
-        """The recipe as a file that runs again: settings of steps written out, paths absolute."""
-        data = {k: v.absolute() for k in PATHS if (v := getattr(self.data, k)) is not None}
+    def to_yaml(self, private: bool = False) -> str:
+        """The recipe as a file that runs again: settings of steps written out, paths absolute.
+
+        private: to be read, not run: without the folders that models and files are in
+        """
+        change = _name if private else _absolute
+        data = {k: Path(change(v.absolute())) for k in PATHS if (v := getattr(self.data, k)) is not None}
         changes = {
             "data": self.data.model_copy(update=data),
-            "model": _absolute(self.model) if self.model else None,
-            "steps": tuple(_with_paths(step, _absolute) for step in self.steps),
+            "model": change(self.model) if self.model else None,
+            "steps": tuple(_with_paths(step, change) for step in self.steps),
         }
         whole = self.model_copy(update=changes)
         content = {"flyweight": 1, **whole.model_dump(mode="json", exclude_defaults=True)}
@@ -126,6 +130,12 @@ def _near(folder: Path, value: Any) -> Any:
 
 def _absolute(value: Any) -> Any:
     return type(value)(Path(value).absolute()) if Path(value).exists() else value
+
+
+def _name(value: Any) -> Any:
+    """The last part of a path; hub ids stay as they are."""
+    path = Path(value)
+    return type(value)(path.name) if path.is_absolute() or path.exists() else value
 
 
 def _with_paths(step: StepSpec, change: Callable[[Any], Any]) -> StepSpec:

@@ -194,3 +194,14 @@ def test_only_packed_weights_are_called_packed() -> None:
     assert "packed" not in card(cut).partition("## ")[0]
     assert "shapes that no config can say" in card(cut)
     assert "packed in Flyweight" in card(make(plain=False, sparse={"x": "unstructured"}))
+
+
+def test_the_card_says_where_rows_of_the_data_are(manifest: Manifest) -> None:
+    assert "No row of the data" in card(manifest)
+    assert "No row of the data" not in card(manifest, samples=True)
+    assert "`report.html` shows rows of the evaluation data" in card(manifest, samples=True)
+
+
+def test_the_card_s_own_python_is_exact_on_every_processor(manifest: Manifest) -> None:
+    """As the engine is opened here; without it int8 sums saturate where the CPU has no VNNI."""
+    assert "x64quantprecision" in card(manifest)

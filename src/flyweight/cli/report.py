@@ -25,11 +25,14 @@ def report(
     manifest = verify(path)
     page = Path(path) / "report.html"
     if out is not None or not page.is_file():
+        from flyweight.recipe import read_recipe
         from flyweight.report.html import html
 
         recipe = Path(path) / "recipe.yaml"
         page = out or Path("report.html")
-        page.write_text(html(manifest, recipe.read_text("utf-8") if recipe.is_file() else None), encoding="utf-8")
+        page.write_text(
+            html(manifest, read_recipe(recipe).to_yaml(private=True) if recipe.is_file() else None), encoding="utf-8"
+        )
     if json:
         from flyweight.cli.compress import summary
 

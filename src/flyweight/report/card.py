@@ -20,8 +20,8 @@ PIPELINES = {"text-classification": "text-classification", "embedding": "feature
 LEFT_OUT = (".p90@", ".p99@", "bytes.")
 
 
-def card(manifest: Manifest) -> str:
-    """Markdown with a YAML head as model hubs read it."""
+def card(manifest: Manifest, samples: bool = False) -> str:
+    """Markdown with a YAML head as model hubs read it. samples: the report beside it shows rows of the user's data."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("flyweight", "report"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -47,6 +47,7 @@ def card(manifest: Manifest) -> str:
         label_list=", ".join(_code(name) for name in manifest.labels or ()),
         limits=limits(manifest),
         origin=manifest.origin,
+        samples=samples,
     )
 
 

@@ -42,7 +42,7 @@ def table(manifest: Manifest, width: int | None = None, color: bool | None = Non
     if first:
         lines.append(
             f"change: result against {model_name(first)}; latency at batch x tokens"
-            + ("; in brackets 95 % intervals" if wide >= ROOMY else "")
+            + ("; in brackets 95 % intervals, of memory smallest and largest" if wide >= ROOMY else "")
         )
     if manifest.verdict:
         lines.append(manifest.verdict.text)
