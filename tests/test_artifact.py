@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flyweight.artifact import MANIFEST, Manifest, read_manifest, verify, write_folder, write_manifest
+from flyweight.artifact import MANIFEST, Manifest, read_manifest, refuse_existing, verify, write_folder, write_manifest
 from flyweight.errors import ArtifactError, StorageError
 
 
@@ -179,3 +179,11 @@ def test_two_that_write_the_same_at_once_leave_one_whole(tmp_path, monkeypatch):
     make(out, b"mine", overwrite=True)
     assert verify(out).files["onnx/model.onnx"].bytes == 4
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="room and permission to write"):
+        refuse_existing(tmp_path / "file/a", overwrite=True)
+    refuse_existing(tmp_path / "new/a", overwrite=False)
+    assert os.listdir(tmp_path) == ["file"]

@@ -175,3 +175,9 @@ def test_folders_of_the_maker_are_not_in_the_pages(tiny, train, tmp_path):
     assert "No row of the data" not in card
     assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again.html")]) == 0
     assert str(tmp_path) not in (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_models_with_a_decoder_are_refused_before_they_are_trained(tiny, train, family):
+    with pytest.raises(ModelError, match=f"families bert, .*mpnet, got '{family}'; .* not compressed yet"):
+        prepare(recipe(tiny(family, labels=("no", "yes")), ("finetune", QUICK), train=train))

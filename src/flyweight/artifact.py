@@ -245,8 +245,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Called before long work, so that it is not lost at the end. Raises ArtifactError."""
+    """Called before long work, so that it is not lost at the end. Raises ArtifactError, StorageError."""
     if not out.exists():
+        place = next(path for path in out.absolute().parents if path.exists())
+        try:
+            Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=place)).rmdir()
+        except OSError as error:
+            raise _storage(out, error) from None
         return
     if out.is_file() or (any(out.iterdir()) and not overwrite):
         kind = "a file" if out.is_file() else "a folder with files in it"

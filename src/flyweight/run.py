@@ -29,6 +29,7 @@ from flyweight.measure.size import part_bytes, weights
 from flyweight.measure.static import static_figures
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
+from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
 from flyweight.models.storage import restore, save
 from flyweight.parity import check
@@ -101,7 +102,9 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     names = label_names(data, task)
     bundle = load(str(source), task, labels=names, max_length=data.max_length, truncate=data.truncate, seed=recipe.seed)
     check_order(recipe.steps, bool(bundle.quantized), next(iter(bundle.sparse.values()), None))
+    check_task(recipe, task)
     check_head(recipe, bundle)
+    check_family(bundle)
     if bundle.quantized:  # its own figures would stand as those of a reference in fp32
         raise ModelError(f"float weights in {recipe.model}", "packed ones", "measure it by `flyweight compare`")
     progress.note("reading the data")
@@ -125,14 +128,7 @@ def check_data(recipe: Recipe, task: Task) -> None:
     for number, step in enumerate(recipe.steps):
         settings, place = step.settings, f"steps[{number}] {step.name}"
         alone = isinstance(settings, DistillSettings) and settings.unlabelled is not None
-        needs = isinstance(settings, FinetuneSettings | DistillSettings) or (
-            isinstance(settings, PruneSettings) and (settings.criterion == "taylor" or settings.gradual == "cubic")
-        )
-        if needs and not task.labelled and not isinstance(settings, DistillSettings):
-            raise SettingsError(
-                f"a task with labels for {place}", f"'{task.name}'", "train by distill, and prune one-shot by magnitude"
-            )
-        if not needs or recipe.data.train is not None:
+        if not (isinstance(settings, DistillSettings) or needs_labels(step)) or recipe.data.train is not None:
             continue
         if not alone:
             raise SettingsError(f"training data for {place}", "none", "give --train F, or data.train in the recipe")
@@ -147,6 +143,24 @@ def check_data(recipe: Recipe, task: Task) -> None:
         )
 
 
+def needs_labels(step: StepSpec) -> bool:
+    settings = step.settings
+    if isinstance(settings, PruneSettings):
+        return settings.criterion == "taylor" or settings.gradual == "cubic"
+    return isinstance(settings, FinetuneSettings)
+
+
+def check_task(recipe: Recipe, task: Task) -> None:
+    """Raises SettingsError for a step that learns from labels where the task has none."""
+    for number, step in enumerate(recipe.steps):
+        if needs_labels(step) and not task.labelled:
+            raise SettingsError(
+                f"a task with labels for steps[{number}] {step.name}",
+                f"'{task.name}'",
+                "give --task text-classification; without labels train by distill and prune one-shot by magnitude",
+            )
+
+
 def check_head(recipe: Recipe, bundle: Bundle) -> None:
     """A head made anew has to be trained first: anything else would compress noise. Raises ModelError."""
     if bundle.fresh_head and (not recipe.steps or recipe.steps[0].name != "finetune"):
@@ -154,6 +168,17 @@ def check_head(recipe: Recipe, bundle: Bundle) -> None:
             f"a model with a head for {bundle.task}",
             "one without",
             "begin the recipe with finetune, or name a fine-tuned model",
+        )
+
+
+def check_family(bundle: Bundle) -> None:
+    """No engine here computes decoders yet; said before they are trained, not when they are exported. Raises ModelError."""
+    if any(stack.name == "decoder" for stack in bundle.family.stacks):
+        known = [name for name, row in FAMILIES.items() if all(stack.name == "encoder" for stack in row.stacks)]
+        raise ModelError(
+            f"a model of one of the families {', '.join(known)}",
+            f"'{bundle.family.model_type}'",
+            "models with a decoder can be inspected, but not compressed yet",
         )
 
 
