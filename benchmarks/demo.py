@@ -49,7 +49,9 @@ def main() -> int:
     flyweight("report", artifact)
     minutes = (time.perf_counter() - start) / 60
     if status == NOT_ACCEPTED:
-        print("\nThe model lost more than the recipe's acceptance rule allows: `compress` ended with status 3, as it should.")
+        print(
+            "\nThe model lost more than the recipe's acceptance rule allows: `compress` ended with status 3, as it should."
+        )
     print(f"\n{minutes:.1f} minutes. Look at {OUT / 'artifact' / 'report.html'}; then serve the model:")
     print(f"\n  .venv/bin/flyweight serve {artifact} --port 8080")
     return 0
