@@ -19,7 +19,7 @@ LAYERS = (
     ("flyweight", "__main__", "cli"),
     ("api", "finish"),
     ("serve", "search", "report"),
-    ("compare", "inspection", "plan", "recipe", "run", "samples"),
+    ("compare", "inspection", "job", "plan", "recipe", "run", "samples"),
     ("steps",),
     ("methods", "measure", "parity"),
     ("runtime",),

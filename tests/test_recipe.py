@@ -78,7 +78,7 @@ def test_shipped_recipes_are_sound_and_round_trip(tmp_path, name):
     assert recipe.summary
     path = tmp_path / "again.yaml"
     path.write_text(recipe.to_yaml())
-    assert read_recipe(path) == recipe
+    assert read_recipe(path) == recipe.model_copy(update={"summary": ""})
 
 
 def test_paths_are_taken_from_the_recipe_s_own_folder_and_written_absolute(tmp_path, monkeypatch):

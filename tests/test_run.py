@@ -17,9 +17,10 @@ from flyweight import api, artifact
 from flyweight.cache import Cache
 from flyweight.errors import ArtifactError, FlyweightError, ModelError, SettingsError, StorageError
 from flyweight.finish import finish
+from flyweight.job import prepare
 from flyweight.plan import Plan, PlanRow, make_plan, refuse_what_cannot_fit
 from flyweight.recipe import Recipe, StepSpec
-from flyweight.run import prepare, run_steps
+from flyweight.run import run_steps
 from flyweight.steps import STEPS
 
 QUICK = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
@@ -300,7 +301,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny, files, tmp_path, monkeypat
     path.write_text(whole.to_yaml())
     code = f"""
         from flyweight.recipe import read_recipe
-        from flyweight.run import prepare, run_steps
+        from flyweight.job import prepare
+        from flyweight.run import run_steps
         run_steps(prepare(read_recipe({str(path)!r})))
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])

@@ -11,9 +11,10 @@ from flyweight.cache import Cache
 from flyweight.cli import main
 from flyweight.compare import compare, evaluate
 from flyweight.errors import ModelError, SettingsError, StepError
+from flyweight.job import prepare
 from flyweight.plan import make_plan
 from flyweight.recipe import Recipe, StepSpec, check_order, read_recipe
-from flyweight.run import prepare, run_steps
+from flyweight.run import run_steps
 from flyweight.steps import STEPS
 
 QUICK = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3}

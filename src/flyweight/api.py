@@ -12,9 +12,10 @@ from flyweight import artifact
 from flyweight.artifact import Manifest
 from flyweight.context import Progress
 from flyweight.errors import Interrupted, SettingsError
+from flyweight.job import prepare
 from flyweight.plan import Plan, make_plan, refuse_what_cannot_fit
 from flyweight.recipe import Recipe, StepSpec, read_recipe
-from flyweight.run import prepare, run_steps
+from flyweight.run import run_steps
 from flyweight.settings import Settings
 from flyweight.steps import step_named
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -246,6 +248,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Called before long work, so that it is not lost at the end. Raises ArtifactError, StorageError."""
+    _recover(out)
     if not out.exists():
         place = next(path for path in out.absolute().parents if path.exists())
         try:
@@ -279,8 +282,10 @@ def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         try:
             yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
             for path in [*temporary.rglob("*"), temporary]:
-                path.chmod(0o755 if path.is_dir() else 0o644)  # some libraries write for the owner alone
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # some libraries write for the owner alone
                 _sync(path)
             _swap(temporary, out)
         except OSError as error:
@@ -289,6 +294,19 @@ def write_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Put back what a process killed between the two renames of `_swap` left aside, and remove what was never finished."""
+    name = glob.escape(out.name)
+    for aside in out.parent.glob(f".{name}.*.old"):
+        if not out.exists() and (aside / out.name).exists():
+            (aside / out.name).rename(out)
+            aside.rmdir()
+    for rest in out.parent.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):  # a day old: no process is writing it any more
+            if time.time() - rest.stat().st_mtime > 86_400:
+                shutil.rmtree(rest)
 
 
 def _swap(new: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from flyweight.extras import need
 from flyweight.measure.quality import answers, quality, resamples
 from flyweight.measure.static import STATIC
 from flyweight.measure.suite import Candidate, Figures, Labelled, measure
+from flyweight.runtime import neutral_batch
 from flyweight.settings import DataSettings, MeasureSettings
 from flyweight.splits import read_labelled
 from flyweight.tasks import Task, task_named
@@ -33,6 +34,7 @@ class Opened:
     encoder: Encoder
     labels: tuple[str, ...] | None
     known: Figures
+    batch: int
 
     def open(self, threads: int) -> Predictor:
         return engine_named(self.engine).open(self.folder, threads=threads)
@@ -54,6 +56,7 @@ def open_path(path: str | Path, engine: str, data: DataSettings) -> Opened:
         open_encoder(folder, manifest.pad_token_id, length, data.truncate),
         manifest.labels,
         {key: figure for key, figure in figures.items() if key.startswith(STATIC)},
+        neutral_batch(manifest.activations),
     )
 
 
@@ -61,8 +64,9 @@ def as_artifact(model: str, data: DataSettings) -> Path:
     """A model folder or hub id as an artifact in the cache. Raises MissingExtra, ModelError."""
     for module in ("torch", "transformers"):
         need(module, f"run {model}, which is not an artifact")
+    from flyweight.job import prepare
     from flyweight.recipe import Recipe
-    from flyweight.run import prepare, run_steps
+    from flyweight.run import run_steps
 
     job = prepare(Recipe(model=model, data=data.model_copy(update={"train": None, "eval": None, "validation": None})))
     run_steps(job)
@@ -89,7 +93,7 @@ def evaluate(
     examples = read_labelled(Path(data), settings, opened.task, opened.encoder, opened.labels)
     predictor = opened.open(threads)
     try:
-        outputs = answers(predictor, examples, opened.encoder.pad, progress=progress or NoProgress())
+        outputs = answers(predictor, examples, opened.encoder.pad, opened.batch, progress)
     finally:
         predictor.close()
     return quality(opened.task, outputs, examples, resamples(opened.task, outputs, examples))
@@ -133,7 +137,7 @@ def compare(
             labelled = Labelled(one.task, examples, one.encoder.pad)
         size = one.encoder.tokenizer.get_vocab_size()
         candidates[name] = Candidate(
-            partial(one.open, measured.threads), one.folder, one.engine, size, labelled, known[name]
+            partial(one.open, measured.threads), one.folder, one.engine, size, labelled, one.batch, known[name]
         )
     measured = measured.within(min(one.encoder.max_length for one in opened.values()))
     return measure(candidates, measured, references=names[:1], progress=progress)

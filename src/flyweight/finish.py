@@ -11,6 +11,7 @@ from flyweight import artifact
 from flyweight.artifact import Manifest, Verdict
 from flyweight.data import Examples
 from flyweight.engines.engine import Predictor, engine_named
+from flyweight.job import Job
 from flyweight.measure.environment import environment
 from flyweight.measure.size import disk
 from flyweight.measure.static import static_figures
@@ -20,7 +21,8 @@ from flyweight.models.bundle import Bundle
 from flyweight.models.storage import save
 from flyweight.report.card import card
 from flyweight.report.html import html
-from flyweight.run import Job, add_engine, reopen
+from flyweight.run import add_engine, reopen
+from flyweight.runtime import neutral_batch
 from flyweight.samples import changed_answers
 from flyweight.training import predict
 
@@ -62,7 +64,8 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
     def candidate(of: Bundle, where: Path, engine: str) -> Candidate:
         known = static_figures(of, length)
         opened: Callable[[], Predictor] = partial(engine_named(engine).open, where, threads=threads)
-        return Candidate(opened, where, engine, of.encoder.tokenizer.get_vocab_size(), labelled, known)
+        size, batch = of.encoder.tokenizer.get_vocab_size(), neutral_batch(of.activations)
+        return Candidate(opened, where, engine, size, labelled, batch, known)
 
     return measure(
         {

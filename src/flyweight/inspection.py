@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from flyweight.artifact import is_artifact
+from flyweight.job import guess_task
 from flyweight.measure.size import part_parameters
 from flyweight.measure.static import static_figures
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load, resolve
 from flyweight.models.surgery import linears, shapes, weight_2d
-from flyweight.run import guess_task
 from flyweight.settings import DataSettings
 from flyweight.tasks import task_named
 

@@ -66,7 +66,7 @@ def check(bundle: Bundle, folder: Path, engine: Engine, arrays: Sequence[Arrays]
 def relative_errors(found: Answers, wanted: Answers) -> NDArray[np.float64]:
     """One error an example, [n]; see the top of this file. Answers are [n, ...]."""
     if found.shape != wanted.shape:
-        raise ExportError(f"answers of shape {wanted.shape}", f"{found.shape}", "use engine torch")
+        raise ExportError(f"answers of shape {wanted.shape}", f"{found.shape}", "report this model")
     flat = found.reshape(len(found), -1).astype(np.float64), wanted.reshape(len(wanted), -1).astype(np.float64)
     size = np.linalg.norm(flat[1], axis=-1)
     return np.asarray(np.linalg.norm(flat[0] - flat[1], axis=-1) / np.maximum(size, max(np.median(size), 1e-12)))
@@ -77,7 +77,7 @@ def _hold(error: float, tolerance: float, what: str) -> None:
         raise ExportError(
             f"{what} against torch of at most {tolerance:.1e}",
             f"{error:.1e}",
-            "the engine does not compute this model; use engine torch (int8 on a CPU without VNNI: fewer bits)",
+            "the engine does not compute this model: report it (int8 on a CPU without VNNI: take fewer bits)",
         )
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flyweight.errors import StorageError
+from flyweight.job import Job
 from flyweight.measure.environment import usable_memory
-from flyweight.run import Job
 from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, TrainSettings
 
 __all__ = ["Plan", "PlanRow", "make_plan", "refuse_what_cannot_fit"]

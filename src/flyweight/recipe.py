@@ -117,7 +117,7 @@ class Recipe(Settings):
         }
         whole = self.model_copy(update=changes)
         content = {"flyweight": 1, **whole.model_dump(mode="json", exclude_defaults=True)}
-        content = {k: v for k, v in content.items() if v != {} and v is not None}
+        content = {k: v for k, v in content.items() if v != {} and v is not None and k != "summary"}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

@@ -18,7 +18,7 @@ from flyweight.errors import DataError, EngineError
 from flyweight.tasks import Task, task_named
 from flyweight.tokenization import Encoder, open_encoder
 
-__all__ = ["Session", "Text", "open_model"]
+__all__ = ["Session", "Text", "neutral_batch", "open_model"]
 
 Text = str | tuple[str, str]
 
@@ -30,7 +30,12 @@ class Session:
         self.manifest, self.encoder, self.predictor = manifest, encoder, predictor
         self.task: Task = task_named(manifest.task)
 
-    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Any]:
+    @property
+    def batch_size(self) -> int:
+        """Texts that may share a batch: 1 where activations are rounded by the range of the whole batch, else 32."""
+        return neutral_batch(self.manifest.activations)
+
+    def predict(self, texts: Sequence[Text], batch_size: int | None = None) -> list[Any]:
         """One JSON answer a text or pair, in their order. Raises DataError naming the text that is empty or too long."""
         if not texts:
             return []
@@ -38,10 +43,11 @@ class Session:
         outputs = self.outputs(pack(self.encoder.encode(named), None), batch_size)
         return self.task.decode(outputs, self.manifest.labels)
 
-    def outputs(self, examples: Examples, batch_size: int = 32) -> NDArray[np.float32]:
+    def outputs(self, examples: Examples, batch_size: int | None = None) -> NDArray[np.float32]:
         """Raw outputs [n, ...] in the order of the examples; texts of like length share a batch, so that little is padding."""
         if not len(examples):
             raise DataError("at least one text", "none")
+        batch_size = batch_size or self.batch_size
         order = np.argsort(examples.lengths, kind="stable")
         parts = [
             self.predictor.run(examples.batch(order[start : start + batch_size], self.encoder.pad))
@@ -62,6 +68,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def neutral_batch(activations: str) -> int:
+    """The largest batch in which the answer to a text does not depend on its neighbours, up to 32."""
+    return 1 if activations == "dynamic" else 32
 
 
 def open_model(path: Path | str, engine: str = "onnxruntime", threads: int = 1, truncate: bool = False) -> Session:

@@ -51,7 +51,7 @@ def export(bundle: Bundle, folder: Path) -> Engine:
     try:
         _write(model, path)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError("a valid ONNX graph", f"'{error}'", "use engine torch for this model") from error
+        raise ExportError("a valid ONNX graph", f"'{error}'", "report this model") from error
     return Engine(
         file=FILE,
         inputs=bundle.family.inputs,
@@ -127,7 +127,7 @@ def _trace(answer: Answer, bundle: Bundle) -> onnx.GraphProto:
             )
         except Exception as error:  # the exporter raises many unrelated classes
             raise ExportError(
-                f"a {bundle.family.model_type} model that torch.onnx can trace", f"'{error}'", "use engine torch"
+                f"a {bundle.family.model_type} model that torch.onnx can trace", f"'{error}'", "report this model"
             ) from error
         return onnx.load(str(path)).graph
 

@@ -56,7 +56,7 @@ class _Rewriter:
         for node in self.nodes:
             if any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute):
                 raise ExportError(
-                    "a traced graph without branches", f"{node.op_type} in {node.name}", "use engine torch"
+                    "a traced graph without branches", f"{node.op_type} in {node.name}", "report this model"
                 )
             for name in node.input:
                 self.readers.setdefault(name, set()).add(node.op_type)

@@ -45,6 +45,7 @@ class Candidate:
     engine:     what that process loads it with
     vocabulary: token ids lie below this
     labelled:   what quality is taken on, or None
+    quality_batch: texts that share a batch where quality is taken; 1 where answers depend on the neighbours in a batch
     figures:    figures known already: those that need torch (parameters, flops, bytes by part), or a manifest's
     """
 
@@ -53,6 +54,7 @@ class Candidate:
     engine: str
     vocabulary: int
     labelled: Labelled | None = None
+    quality_batch: int = 32
     figures: Figures = field(default_factory=dict)
 
 
@@ -112,7 +114,7 @@ def _add_quality(
         if one.labelled is None:
             continue
         task, examples = one.labelled.task, one.labelled.examples
-        outputs = answers(predictors[name], examples, one.labelled.pad, progress=progress)
+        outputs = answers(predictors[name], examples, one.labelled.pad, one.quality_batch, progress)
         sampled[name] = resamples(task, outputs, examples, seed)
         found[name] |= quality(task, outputs, examples, sampled[name])
     if reference in sampled:
