@@ -54,9 +54,9 @@ def examples(job: Job, path: Path) -> tuple[Examples, int]:
 
 
 def scored(job: Job, predictor: Predictor, size: artifact.Measurement) -> Result:
-    """Accuracy on the held-out examples, and bytes."""
+    """Accuracy on the held-out examples one by one, as they are served (int8 answers depend on batch neighbours), and bytes."""
     held_out, pad = examples(job, job.data.eval)
-    right = task_named(TASK).scores(answers(predictor, held_out, pad), held_out)
+    right = task_named(TASK).scores(answers(predictor, held_out, pad, batch_size=1), held_out)
     predictor.close()
     return Result({**accuracy(right), "bytes": size}, right.tolist())
 

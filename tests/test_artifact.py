@@ -187,3 +187,25 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
         refuse_existing(tmp_path / "file/a", overwrite=True)
     refuse_existing(tmp_path / "new/a", overwrite=False)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_kill_between_the_two_renames_left_aside_comes_back(tmp_path):
+    out = make(tmp_path / "a")
+    before = verify(out)
+    aside = tmp_path / ".a.x1.old"
+    aside.mkdir()
+    out.rename(aside / "a")
+    with pytest.raises(ArtifactError, match="pass --overwrite"):
+        make(out)
+    assert verify(out) == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_files_are_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        out = make(tmp_path / "a")
+    finally:
+        os.umask(old)
+    assert (out / MANIFEST).stat().st_mode & 0o777 == 0o640
+    assert out.stat().st_mode & 0o777 == 0o750

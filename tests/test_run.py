@@ -282,6 +282,18 @@ def test_the_plan_names_every_step_and_knows_what_is_cached(tiny, files):
     assert after.seconds < before.seconds
 
 
+def test_others_and_layers_are_checked_before_training(tiny, files):
+    def refused(match, **settings):
+        notes = Notes()
+        with pytest.raises(FlyweightError, match=match):
+            prepare(recipe(tiny("bert"), files, ("finetune", QUICK), ("distill", {**QUICK, **settings})), notes)
+        assert "reading the data" not in notes.lines
+
+    refused("layers from 0 to 3, got layer 9", layers=[0, 9])
+    refused("vocabular", teacher=str(tiny("roberta", labels=("no", "yes"))))
+    refused("label", teacher=str(tiny("bert", labels=("no", "so so", "yes"))))
+
+
 def test_what_cannot_fit_is_refused(tiny, files):
     job = prepare(recipe(tiny("bert"), files, *ALL[:1]))
     for row, match in (

@@ -146,3 +146,13 @@ def test_a_fresh_process_without_torch_gives_the_same_answers(tiny: Tiny, tmp_pa
     assert heavy == []
     with open_model(folder) as session:
         assert answers == session.predict(WORDS)
+
+
+def test_int8_answers_do_not_depend_on_their_neighbours(tiny: Tiny, tmp_path: Path) -> None:
+    """Activations are rounded by the range of a whole batch: a session takes texts one by one where they are."""
+    bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), Grid(8), "dynamic")
+    with open_model(write(bundle, tmp_path / "int8")) as model:
+        assert model.manifest.activations == "dynamic"
+        alone = [model.predict([text])[0] for text in WORDS]
+        assert model.predict(WORDS) == alone
+        assert model.predict(WORDS, batch_size=len(WORDS)) != alone  # what would happen otherwise

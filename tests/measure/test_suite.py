@@ -75,7 +75,7 @@ def ran(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> 
     def candidate(bundle: Bundle, folder: Path, engine: str) -> Candidate:
         known: dict[str, Measurement] = weights(bundle) | part_bytes(bundle) | flops_figure(bundle, 16)
         opened = partial(engine_named(engine).open, folder, 1)
-        return Candidate(opened, folder, engine, bundle.encoder.tokenizer.get_vocab_size(), rows, known)
+        return Candidate(opened, folder, engine, bundle.encoder.tokenizer.get_vocab_size(), rows, figures=known)
 
     candidates = {
         "reference_torch": candidate(whole, reference, "torch"),
