@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("base install")  # one process: all its tests share one environment on disk
+
 ROOT = Path(__file__).parent.parent
 LIMIT_MB = 230
 BASE_MODULES = [
