@@ -22,8 +22,8 @@ slow: $(VENV)/.installed      ## the tests that take minutes
 	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/.installed      ## format, lint, types
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --no-cache --check .
+	$(RUN) -m ruff check --no-cache .
 	$(RUN) -m mypy
 
 bench: $(BENCH)/.installed    ## a table of figures; TABLE=main

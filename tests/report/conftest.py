@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from sample_manifest import make
 
 from flyweight.artifact import Manifest
+from sample_manifest import make
 
 
 @pytest.fixture
