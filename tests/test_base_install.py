@@ -71,7 +71,7 @@ def run(*command: str | Path, timeout: float = 300) -> subprocess.CompletedProce
 
 def checked(*command: str | Path) -> None:
     done = run(*command, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def scripts(venv: Path) -> Path:
@@ -87,12 +87,23 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    python, stamp = scripts(place) / "python", place / "installed"
-    install = (python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-build-isolation")
+    stamp = place / "installed"
+    # this environment's pip, aimed at that one: it needs none of its own
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--python",
+        scripts(place) / "python",
+        "install",
+        "-q",
+    )
+    install = (*pip, "--no-build-isolation")
     if not stamp.is_file() or stamp.read_text() != key:
         shutil.rmtree(place, ignore_errors=True)
-        checked(sys.executable, "-m", "venv", place)
-        checked(python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", constraints, "setuptools")
+        checked(sys.executable, "-m", "venv", "--without-pip", place)
+        checked(*pip, "-c", constraints, "setuptools")
         checked(*install, "-c", constraints, source)
         stamp.write_text(key)
     checked(*install, "--no-deps", "--force-reinstall", "--no-index", source)
