@@ -79,3 +79,35 @@ def test_too_few_rows_to_split(tmp_path, encoder):
     path = write(tmp_path / "few.jsonl", [{"text": "w4", "label": 0}, {"text": "w5", "label": 1}])
     with pytest.raises(DataError, match=r"no validation example; give more rows or --validation"):
         read_splits(DataSettings(train=path), TASK, encoder, ("0", "1"))
+
+
+class TestCalibration:
+    """Texts to calibrate on, and what is left of their file for a task without labels."""
+
+    def test_the_same_texts_whatever_their_order_each_once(self, tmp_path, encoder):
+        texts = [{"text": f"w{n}"} for n in range(60)]
+        found = []
+        for order in (texts, texts[::-1] + texts[:20]):
+            data = DataSettings(calibrate=write(tmp_path / "texts.jsonl", order))
+            splits = read_splits(data, task_named("embedding"), encoder, None, samples=20)
+            parts = (splits.calibration, splits.validation, splits.eval)
+            assert [len(part) for part in parts] == [20, 13, 27]
+            found.append([part.content_hash() for part in parts])
+        assert found[0] == found[1]
+        assert len({hash for hash in found[0]}) == 3
+
+    def test_a_task_with_labels_is_not_judged_on_them(self, tmp_path, encoder, files):
+        path = write(tmp_path / "texts.jsonl", [{"text": f"w{n}"} for n in range(60)])
+        splits = read_splits(DataSettings(calibrate=path), TASK, encoder, ("0", "1"), samples=20)
+        assert splits.validation is splits.eval is None
+
+    def test_training_texts_without_their_labels_where_no_file_is_named(self, files, encoder):
+        splits = read_splits(files, TASK, encoder, ("0", "1"), samples=5)
+        assert len(splits.calibration) == 5
+        assert splits.calibration.labels is None
+        assert set(splits.calibration.ids) <= set(splits.train.ids)
+
+    def test_too_few_is_refused_with_the_number_there_is(self, tmp_path, encoder):
+        path = write(tmp_path / "texts.jsonl", [{"text": "w1"}, {"text": "w2"}, {"text": "w2"}])
+        with pytest.raises(DataError, match=r"at least 256 different texts.*got 2.*--samples to at most 2"):
+            read_splits(DataSettings(calibrate=path), task_named("embedding"), encoder, None, samples=256)

@@ -78,10 +78,13 @@ class BlockShape(_Part):
 
 
 class QuantizedTensor(_Part):
-    """How one weight is packed; `name` in model.safetensors becomes `name.codes`, `.scale` and perhaps `.zero_point`.
+    """How one weight is packed; `name` in model.safetensors becomes `name.codes`, `.scale` and perhaps others.
 
     shape:      [out, in], also where the module keeps its weight as [in, out]
-    transposed: the module does that (Conv1D); grids always run over [out, in].
+    transposed: the module does that (Conv1D); grids always run over [out, in]
+    smooth:     the codes hold weight x `name.smooth` [in], and the linear's input is divided by it
+    outliers:   so many input channels are multiplied in float (`name.outliers`, `name.outlier_values`)
+    static:     the linear's input is rounded to a fixed uint8 grid (`name.input_scale`, `name.input_zero_point`)
     """
 
     shape: tuple[int, ...]
@@ -90,6 +93,9 @@ class QuantizedTensor(_Part):
     granularity: Literal["tensor", "channel", "group"]
     group_size: int | None = None
     transposed: bool = False
+    smooth: bool = False
+    outliers: int = 0
+    static: bool = False
 
 
 class Measurement(_Part):
@@ -125,7 +131,7 @@ class Engine(_Part):
     file:       path inside the artifact
     inputs:     names, each [batch, length] int64
     outputs:    names, in order
-    precision:  "fp32" | "int8-dynamic" | "weights-only"
+    precision:  "fp32" | "int8-dynamic" | "int8-token" | "int8-static" | "weights-only"
     parity:     largest relative difference to torch that the export check saw
     """
 
@@ -161,7 +167,7 @@ class Manifest(_Part):
     steps: tuple[StepRecord, ...] = ()
     versions: dict[str, str] = {}
     quantized: dict[str, QuantizedTensor] = {}
-    activations: Literal["none", "dynamic"] = "none"
+    activations: Literal["none", "dynamic", "token", "static"] = "none"
     sparse: dict[str, str] = {}
     """Weights stored as bitmask + values, with their pattern."""
     engines: dict[str, Engine] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flyweight.data import Examples
+from flyweight.settings import Accept
 from flyweight.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Context:
 
     train, validation: labelled examples (None where the user gave none); the held-out `eval` file is not here on purpose
     unlabelled:  further texts for distillation, or None
+    calibration: texts to calibrate on, or None
+    accept:      the recipe's acceptance rule
     reference:   gives the model after `finetune`, the default teacher
     load:        opens another model folder or artifact for the same task (teacher, student)
     work:        folder for checkpoints; it survives a killed run and is removed when the step is done
@@ -59,6 +62,8 @@ class Context:
     train: Examples | None = None
     validation: Examples | None = None
     unlabelled: Examples | None = None
+    calibration: Examples | None = None
+    accept: Accept = field(default_factory=Accept)
     progress: Progress = field(default_factory=NoProgress)
     notes: dict[str, Any] = field(default_factory=dict)
     device: str | None = None

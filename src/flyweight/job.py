@@ -20,14 +20,25 @@ from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
 from flyweight.models.surgery import blocks
 from flyweight.recipe import Recipe, StepSpec, check_order, content_key
-from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings
+from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings
 from flyweight.splits import Splits, label_names, read_splits, read_unlabelled
 from flyweight.tasks import Task, task_named
 
 __all__ = ["Job", "guess_task", "open_other", "prepare"]
 
 CODE = (
-    *("models", "methods", "tasks", "training", "engines", "data.py", "splits.py", "tokenization.py", "artifact.py"),
+    *(
+        "models",
+        "methods",
+        "tasks",
+        "training",
+        "calibration.py",
+        "engines",
+        "data.py",
+        "splits.py",
+        "tokenization.py",
+        "artifact.py",
+    ),
     *("measure/flops.py", "measure/size.py"),  # figures of an entry
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
@@ -93,7 +104,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
         raise ModelError(f"float weights in {recipe.model}", "packed ones", "measure it by `flyweight compare`")
     check_others(recipe, task, bundle)
     progress.note("reading the data")
-    splits = read_splits(data, task, bundle.encoder, bundle.labels)
+    splits = read_splits(data, task, bundle.encoder, bundle.labels, samples(recipe))
     if splits.shared and splits.eval is not None:
         progress.note(
             f"warning: {splits.shared} of {len(splits.eval)} evaluation texts stand in the training data as well"
@@ -112,6 +123,11 @@ def check_data(recipe: Recipe, task: Task) -> None:
     """Every step has the data it needs. Raises SettingsError."""
     for number, step in enumerate(recipe.steps):
         settings, place = step.settings, f"steps[{number}] {step.name}"
+        calibrated = isinstance(settings, QuantizeSettings) and settings.calibrated
+        if calibrated and recipe.data.calibrate is None and recipe.data.train is None:
+            raise SettingsError(
+                f"texts to calibrate {place} on", "none", "give --calibrate F, or data.calibrate in the recipe"
+            )
         alone = isinstance(settings, DistillSettings) and settings.unlabelled is not None
         if not (isinstance(settings, DistillSettings) or needs_labels(step)) or recipe.data.train is not None:
             continue
@@ -121,8 +137,8 @@ def check_data(recipe: Recipe, task: Task) -> None:
             raise SettingsError(
                 f"labelled data for {place} with alpha below 1", "only unlabelled", "set alpha to 1 or give --train F"
             )
-    rule = recipe.accept
-    if (rule.quality is not None or rule.max_drop is not None) and recipe.data.eval is None:
+    rule, spare = recipe.accept, not task.labelled and samples(recipe) > 0 and recipe.data.calibrate is not None
+    if (rule.quality is not None or rule.max_drop is not None) and recipe.data.eval is None and not spare:
         raise SettingsError(
             "held-out data for the acceptance rule", "none", "give --eval F, or data.eval in the recipe"
         )
@@ -210,8 +226,25 @@ def prefix_keys(
     )
     keys = [content_key(*first)]
     for step in recipe.steps:
-        keys.append(content_key(keys[-1], step.as_data(), outside_hashes(step, texts)))
+        outside = outside_hashes(step, texts)
+        if isinstance(step.settings, QuantizeSettings):
+            outside += quantize_inputs(recipe, step.settings, splits)
+        keys.append(content_key(keys[-1], step.as_data(), outside))
     return keys
+
+
+def samples(recipe: Recipe) -> int:
+    """How many texts the steps calibrate on."""
+    settings = [step.settings for step in recipe.steps]
+    return max((one.samples for one in settings if isinstance(one, QuantizeSettings) and one.calibrated), default=0)
+
+
+def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) -> list[str]:
+    """What a quantize step depends on beside model and training data: its texts, and the rule that its gate holds."""
+    rule = [] if settings.gate == "off" else [recipe.accept.model_dump_json()]
+    if not settings.calibrated or splits.calibration is None:
+        return rule
+    return [*rule, splits.calibration.content_hash()]
 
 
 def outside_hashes(step: StepSpec, texts: Mapping[Path, Examples]) -> list[str]:

@@ -30,7 +30,7 @@ from flyweight.steps import STEPS, step_named
 
 __all__ = ["Recipe", "StepSpec", "check_order", "read_recipe", "shipped"]
 
-PATHS = {"train", "eval", "validation"}
+PATHS = {"train", "eval", "validation", "calibrate"}
 
 
 class StepSpec(NamedTuple):

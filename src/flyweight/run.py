@@ -105,6 +105,8 @@ def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
         train=job.splits.train,
         validation=job.splits.validation,
         unlabelled=unlabelled,
+        calibration=job.splits.calibration,
+        accept=job.recipe.accept,
         progress=job.progress,
         teacher_cache=job.cache.teachers,
     )

@@ -164,19 +164,48 @@ class PruneSettings(TrainSettings):
         return self
 
 
-class QuantizeSettings(Settings):
-    """Store weights in k bits, by rounding to the nearest point of a grid."""
+class QuantizeSettings(TrainSettings):
+    """Store weights in k bits, and let integer kernels run.
+
+    The training settings matter with `method: train`.
+    """
 
     bits: int = Field(8, ge=1, le=8)
     """Bits a weight."""
-    scheme: Literal["symmetric", "asymmetric", "binary"] = "symmetric"
-    """`symmetric`: no zero-point; `asymmetric`: with one; `binary`: sign x mean(|W|) (Rastegari et al. 2016, eq. 6)."""
+    scheme: Literal["symmetric", "asymmetric", "ternary", "binary"] = "symmetric"
+    """`symmetric`: no zero-point; `asymmetric`: with one; `ternary`: -s, 0, s in 2 bits (Li et al. 2016); `binary`:
+    sign x mean(|W|) (Rastegari et al. 2016, eq. 6)."""
+    method: Literal["nearest", "gptq", "awq", "hqq", "reconstruct", "train"] = "nearest"
+    """How weights find their grid points: `nearest` rounds; `gptq` corrects later weights for earlier errors (Frantar et al.
+    2022); `awq` scales the channels that matter (Lin et al. 2024); `hqq` fits zero-points without data (Badri and Shaji
+    2023); `reconstruct` learns the rounding block by block (Nagel et al. 2020; Cheng et al. 2023); `train` trains the model
+    with rounded weights (Esser et al. 2020)."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """What shares one scale: the tensor, an output channel, or `group_size` inputs of one channel."""
     group_size: int = Field(64, ge=2)
     """Weights a group; it must divide the number of inputs."""
-    activations: Literal["none", "dynamic"] = "dynamic"
-    """`dynamic`: inputs of quantized linears become int8 at run time, and integer kernels run; `none`: weights only."""
+    activations: Literal["none", "dynamic", "token", "static"] = "dynamic"
+    """Inputs of quantized linears become int8 and integer kernels run: `dynamic` with one scale a batch, found at run time;
+    `token` with one scale a token; `static` on a fixed grid found by calibration. `none`: weights only."""
+    ranges: Literal["best", "minmax", "percentile", "mse", "entropy"] = "best"
+    """How static grids are cut off; `best` tries all and keeps, for every input, what harms the layer's output least."""
+    smooth: bool = True
+    """Static: move the size of outlying input channels into the weights, as far as it helps (Xiao et al. 2023)."""
+    outliers: int = Field(32, ge=0)
+    """Static: at most so many input channels of a linear stay in float, where that helps (Dettmers et al. 2022)."""
+    bias_correction: bool = False
+    """Add the mean error of a linear's output to its bias (Nagel et al. 2019, section 4.2)."""
+    samples: int = Field(256, ge=1)
+    """Texts to calibrate on."""
+    bits_per_weight: float | None = Field(None, gt=1, le=8)
+    """Choose the bits of every layer, 2, 3, 4 or 8, so that their mean (scales included) is at most this at the least error."""
+    damping: float = Field(0.01, gt=0)
+    """`gptq`: share of the mean diagonal that is added to the Hessian."""
+    iterations: int = Field(200, ge=1)
+    """`reconstruct`: steps of sign gradient descent a block."""
+    gate: Literal["auto", "required", "off"] = "auto"
+    """With an acceptance rule (`--max-drop`, `--quality`), the layers that harm most fall back to more bits or float until
+    the rule holds on the validation examples. `auto` goes on with a warning where even float misses it; `required` stops."""
     embeddings: int | None = Field(8, ge=1, le=8)
     """Bits of embedding tables, per row (half of a small encoder); none leaves them in float."""
     skip: tuple[str, ...] = ()
@@ -186,11 +215,31 @@ class QuantizeSettings(Settings):
     def _consistent(self) -> Self:
         if self.scheme == "binary" and self.bits != 1:
             raise ValueError("scheme binary has exactly 1 bit: set bits to 1")
+        if self.scheme == "ternary" and self.bits != 2:
+            raise ValueError("scheme ternary takes 2 bits: set bits to 2")
         if self.scheme == "symmetric" and self.bits == 1:
             raise ValueError("a symmetric grid of 1 bit has a single point: use scheme binary or asymmetric")
-        if self.activations == "dynamic" and self.granularity == "group":
-            raise ValueError("groups have no integer kernel with dynamic activations: set activations to none")
+        if self.activations != "none" and self.granularity == "group":
+            raise ValueError("groups have no integer kernel: set activations to none")
+        if self.method == "hqq" and self.scheme != "asymmetric":
+            raise ValueError("method hqq fits zero-points: set scheme to asymmetric")
+        if self.method not in ("nearest", "train") and self.scheme in ("ternary", "binary"):
+            raise ValueError(f"method {self.method} has no {self.scheme} grid: use nearest or train")
+        if self.method == "train" and self.granularity == "group":
+            raise ValueError("method train learns a scale per channel or tensor: set granularity to channel")
+        if self.bits_per_weight is not None and (self.method == "train" or self.scheme in ("ternary", "binary")):
+            raise ValueError("bits_per_weight mixes symmetric or asymmetric grids without training")
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step looks at texts without training on them."""
+        return (
+            self.activations == "static"
+            or self.bits_per_weight is not None
+            or self.method in ("gptq", "awq", "reconstruct")
+            or self.bias_correction
+        )
 
 
 class DataSettings(Settings):
@@ -204,6 +253,9 @@ class DataSettings(Settings):
     """Examples for early stopping; by default `validation_share` of the training examples, chosen by hash."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training examples held back for early stopping."""
+    calibrate: Path | None = None
+    """Texts to calibrate on, without labels; by default those of the training file. What is left over of it is measured on
+    where a task without labels has no --eval."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None

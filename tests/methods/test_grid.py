@@ -155,3 +155,13 @@ def test_more_bits_are_closer_and_groups_are_closer_than_tensors() -> None:
 def test_a_group_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match="groups of 5 do not divide 12 inputs"):
         quantize_weight(torch.randn(2, 12), Grid(4, "symmetric", "group", 5))
+
+
+def test_ternary_by_hand():
+    """Li et al. 2016: threshold .7 x mean|W| = .7; the scale is the mean of what is above it."""
+    weight = torch.tensor([[2.0, -1.0, 0.5, -0.5]])
+    codes = quantize_weight(weight, Grid(2, "ternary"))
+    assert dequantize(codes).tolist() == [[1.5, -1.5, 0.0, 0.0]]
+    assert (codes.info.scheme, codes.info.bits) == ("symmetric", 2)
+    masked = quantize_weight(weight, Grid(2, "ternary"), torch.tensor([[False, True, True, True]]))
+    assert dequantize(masked).tolist() == [[0.0, -1.0, 0.0, 0.0]]  # mean of the three kept = .667, threshold .467

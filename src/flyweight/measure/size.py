@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flyweight.artifact import MANIFEST, Measurement, is_artifact, read_manifest
 from flyweight.errors import ArtifactError
+from flyweight.models.bundle import OPTIONAL
 from flyweight.tokenization import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def _stored(name: str, parameter: Tensor, bundle: Bundle) -> int:
     mask = math.ceil(parameter.numel() / 8)
     if name in bundle.quantized:
         codes = bundle.quantized[name]
-        grid = [codes.scale, *([] if codes.zero_point is None else [codes.zero_point])]
+        parts = (codes.scale, *(getattr(codes, part) for part in OPTIONAL))
+        grid = [part for part in parts if part is not None]
         kept = parameter.numel() if codes.mask is None else int(codes.mask.sum())
         packed = math.ceil(kept * codes.info.bits / 8) + (0 if codes.mask is None else mask)
-        return packed + sum(tensor.numel() * tensor.element_size() for tensor in grid)
+        return packed + sum(int(tensor.numel() * tensor.element_size()) for tensor in grid)
     if name in bundle.sparse:
         return mask + int(parameter.count_nonzero()) * parameter.element_size()
     return parameter.numel() * parameter.element_size()

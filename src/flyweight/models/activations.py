@@ -1,9 +1,10 @@
-"""What dynamic int8 does to the inputs of a linear, while torch runs: so that torch answers as the engine will."""
+"""What int8 activations do to the inputs of a linear, while torch runs: so that torch answers as the engine will."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flyweight.models.bundle import Bundle
+    from flyweight.models.bundle import Bundle, Codes
 
-__all__ = ["dynamic_quantize", "fake_quantize", "simulate"]
+__all__ = ["dynamic_quantize", "fake_quantize", "quantized_linears", "round_static", "round_tokens", "simulate"]
 
 
 def dynamic_quantize(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,23 +33,39 @@ def dynamic_quantize(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fake_quantize(value: Tensor) -> Tensor:
-    """`value` rounded to the grid that it gets at run time."""
+    """`value` rounded to the grid that it gets at run time, one for the whole tensor."""
     codes, scale, zero_point = dynamic_quantize(value.float())
     return ((codes.to(torch.int16) - zero_point).float() * scale).to(value.dtype)
 
 
+def round_tokens(value: Tensor) -> Tensor:
+    """[..., width] rounded to -127 .. 127 times a scale of its own for every token: max|x| / 127."""
+    scale = value.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (value / scale).round().clamp(-127, 127) * scale
+
+
+def round_static(value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """[..., width] rounded to a fixed uint8 grid, as ONNX's QuantizeLinear and DequantizeLinear do; the rest saturates."""
+    scale, zero = scale.to(value.device), zero_point.to(value.device, value.dtype)
+    return (((value / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
 @contextmanager
 def simulate(bundle: Bundle) -> Iterator[None]:
-    """Round the inputs of quantized linears (not of embeddings) while this is open; nothing happens without dynamic activations.
+    """Round the inputs of quantized linears (not of embeddings) while this is open, by `bundle.activations`.
 
-    The range is that of the whole batch, padding included, exactly as in the engine: answers depend on the neighbours.
+    dynamic: the range is that of the whole batch, padding included, exactly as in the engine: answers depend on the neighbours.
     """
     hooks = []
-    if bundle.activations == "dynamic":
-        quantized = {id(bundle.model.get_parameter(name)) for name in bundle.quantized}
-        for module in bundle.model.modules():
-            if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in quantized:
-                hooks.append(module.register_forward_pre_hook(_round_input))
+    if bundle.activations != "none":
+        for name, modules in quantized_linears(bundle).items():
+            codes = bundle.quantized[name]
+            how = _rounding(codes, bundle.activations)
+            if how is None:
+                continue
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(partial(_round_input, codes, how)))
     try:
         yield
     finally:
@@ -56,5 +73,41 @@ def simulate(bundle: Bundle) -> Iterator[None]:
             hook.remove()
 
 
-def _round_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (fake_quantize(inputs[0]), *inputs[1:])
+def quantized_linears(bundle: Bundle) -> dict[str, list[nn.Module]]:
+    """{parameter name: the linears that multiply by it} for everything in `bundle.quantized`; tables have none."""
+    names = {id(bundle.model.get_parameter(name)): name for name in bundle.quantized}
+    found: dict[str, list[nn.Module]] = {}
+    for module in bundle.model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in names:
+            found.setdefault(names[id(module.weight)], []).append(module)
+    return found
+
+
+Rounding = Callable[["Tensor"], "Tensor"]
+
+
+def _rounding(codes: Codes, activations: str) -> Rounding | None:
+    """What happens to x / smooth, or None where the input stays in float."""
+    if activations == "dynamic":
+        return fake_quantize
+    if activations == "token":
+        return round_tokens
+    if codes.input_scale is None or codes.input_zero_point is None:
+        return None
+    return partial(round_static, scale=codes.input_scale, zero_point=codes.input_zero_point)
+
+
+def _round_input(codes: Codes, how: Rounding, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The input whose product with the (dequantized) weight is what the engine computes; outliers pass as they are."""
+    x = inputs[0]
+    smooth = codes.smooth.to(x.device) if codes.smooth is not None else None
+    inner = x if smooth is None else x / smooth
+    if codes.outliers is not None:  # the engine sees zeros there
+        inner = inner.index_fill(-1, codes.outliers.to(x.device), 0)
+    rounded = how(inner)
+    if smooth is not None:
+        rounded = rounded * smooth
+    if codes.outliers is not None:
+        where = codes.outliers.to(x.device)
+        rounded = rounded.index_copy(-1, where, x.index_select(-1, where))
+    return (rounded, *inputs[1:])

@@ -13,18 +13,29 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["Bundle", "Codes"]
+__all__ = ["OPTIONAL", "Bundle", "Codes"]
+
+OPTIONAL = ("zero_point", "smooth", "outliers", "outlier_values", "input_scale", "input_zero_point")
+"""Parts of Codes, all tensors, that may be None and are stored as they are."""
 
 
 @dataclass(frozen=True)
 class Codes:
     """One weight as integers; `flyweight.models.codes` turns them back.
 
+    weight ~ integers * scale / smooth, but the columns named by `outliers` are `outlier_values`. A linear computes
+    ((x / smooth), rounded to the input's grid, 0 at outliers) @ (integers * scale)^T + x[outliers] @ outlier_values^T
+
     info:       shape, bits and layout
     codes:      [out, in] uint8, 0 .. 2^bits - 1 (symmetric grids: the integer + 2^(bits-1); binary: 0 = -1, 1 = +1)
     scale:      [1], [out, 1] or [out, groups] float32
     zero_point: as `scale`, uint8, or None for symmetric and binary grids
     mask:       [out, in] bool, False where pruned, or None; pruned weights are exactly zero (a binary grid has no zero)
+    smooth:     [in] float32 above 0, or None (SmoothQuant, Xiao et al. 2023, eq. 3; AWQ, Lin et al. 2024, eq. 4)
+    outliers:   [n] int64 ascending, input channels that stay in float (LLM.int8, Dettmers et al. 2022), or None
+    outlier_values: [out, n] float32, their weights; the codes there mean zero
+    input_scale, input_zero_point: [1] float32 and [1] uint8, the fixed grid of x / smooth; None where it is taken at run time
+                or the input stays in float
     """
 
     info: QuantizedTensor
@@ -32,6 +43,11 @@ class Codes:
     scale: Tensor
     zero_point: Tensor | None
     mask: Tensor | None = None
+    smooth: Tensor | None = None
+    outliers: Tensor | None = None
+    outlier_values: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
 
 
 @dataclass
@@ -40,7 +56,9 @@ class Bundle:
 
     labels:      names of the classes in the order of the outputs, or None
     quantized:   {parameter name: Codes}; the parameter itself then holds the dequantized values
-    activations: "dynamic" where inputs of quantized linears become int8 at run time
+    activations: what becomes of the inputs of quantized linears. "none": they stay in float; "dynamic": int8, one scale a
+                 batch; "token": int8, one scale a token; "static": int8 on the fixed grid in the linear's Codes
+                 (float where it has none)
     sparse:      {parameter name: pattern} of weights pruned to zero; their zeros stay zero in training
     fresh_head:  the head was made by `load` and knows nothing yet; `finetune` clears it
     origin:      sha256 of the model folder that everything began with
@@ -54,7 +72,7 @@ class Bundle:
     encoder: Encoder
     labels: tuple[str, ...] | None = None
     quantized: dict[str, Codes] = field(default_factory=dict)
-    activations: Literal["none", "dynamic"] = "none"
+    activations: Literal["none", "dynamic", "token", "static"] = "none"
     sparse: dict[str, str] = field(default_factory=dict)
     fresh_head: bool = False
     origin: str = ""

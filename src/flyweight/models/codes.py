@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from flyweight.models.bundle import Codes
 
-__all__ = ["dequantize", "expand", "integers", "parameter_value", "zero_codes"]
+__all__ = ["dequantize", "described", "expand", "integers", "parameter_value", "zero_codes"]
 
 
 def integers(codes: Codes) -> Tensor:
@@ -40,8 +41,25 @@ def zero_codes(codes: Codes) -> Tensor | int:
 
 
 def dequantize(codes: Codes) -> Tensor:
-    """[out, in] float32: integers * scale. Transposed modules (Conv1D) need `parameter_value`."""
-    return integers(codes).to(torch.float32) * expand(codes.scale, codes.info)
+    """[out, in] float32: the weight that the codes stand for. Transposed modules (Conv1D) need `parameter_value`."""
+    value = integers(codes).to(torch.float32) * expand(codes.scale, codes.info)
+    if codes.smooth is not None:
+        value = value / codes.smooth
+    if codes.outliers is not None and codes.outlier_values is not None:
+        value[:, codes.outliers] = codes.outlier_values
+    return value
+
+
+def described(codes: Codes) -> Codes:
+    """The same with `info` saying which of the optional parts there are; whoever adds one with `replace` ends with this."""
+    info = codes.info.model_copy(
+        update={
+            "smooth": codes.smooth is not None,
+            "outliers": 0 if codes.outliers is None else len(codes.outliers),
+            "static": codes.input_scale is not None,
+        }
+    )
+    return replace(codes, info=info)
 
 
 def parameter_value(codes: Codes) -> Tensor:

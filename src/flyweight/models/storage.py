@@ -5,7 +5,8 @@ model.safetensors holds every weight once, under the model's own name (tied ones
 - untouched: `NAME`, as it is
 - pruned:    `NAME.bitmask` (1 bit a weight, row by row) and `NAME.values` (what is not zero, in that order)
 - quantized: `NAME.codes` (k bits each, row by row of [out, in]), `NAME.scale` float32 and, for asymmetric grids,
-             `NAME.zero_point` uint8
+             `NAME.zero_point` uint8; where flyweight.json says so `NAME.smooth`, `NAME.outliers` and
+             `NAME.outlier_values`, `NAME.input_scale` and `NAME.input_zero_point` (`models.bundle.Codes`)
 - both:      `NAME.bitmask` over [out, in], and `NAME.codes` of the kept weights only
 
 Bit order is that of `models.packing`; flyweight.json says which weight is what. 90 % zeros take 1/32 + 1/10 = 13.2 % of
@@ -18,6 +19,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +33,7 @@ from flyweight import artifact, errors
 from flyweight.artifact import Manifest, QuantizedTensor
 from flyweight.models import surgery
 from flyweight.models.build import empty_model, open_config, open_tokenizer, quiet
-from flyweight.models.bundle import Bundle, Codes
+from flyweight.models.bundle import OPTIONAL, Bundle, Codes
 from flyweight.models.codes import parameter_value, zero_codes
 from flyweight.models.families import family_of
 from flyweight.models.packing import pack_bits, pack_mask, unpack_bits, unpack_mask
@@ -148,8 +150,9 @@ def _pack_codes(codes: Codes) -> dict[str, Tensor]:
         ".codes": torch.from_numpy(pack_bits(kept.reshape(-1).cpu().numpy(), codes.info.bits)),
         ".scale": codes.scale,
     }
-    if codes.zero_point is not None:
-        parts[".zero_point"] = codes.zero_point
+    for part in OPTIONAL:
+        if (tensor := getattr(codes, part)) is not None:
+            parts[f".{part}"] = tensor
     if codes.mask is not None:
         parts[".bitmask"] = _mask_bytes(codes.mask)
     return parts
@@ -220,17 +223,25 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], manifest: Manifest, fold
 
 def _unpack_codes(name: str, info: QuantizedTensor, take: Any, sparse: bool) -> Codes:
     rows, columns = info.shape
-    zero_point = take(f"{name}.zero_point") if info.scheme == "asymmetric" else None
-    codes = Codes(info, torch.empty(0), take(f"{name}.scale"), zero_point)
+    present = {
+        "zero_point": info.scheme == "asymmetric",
+        "smooth": info.smooth,
+        "outliers": bool(info.outliers),
+        "outlier_values": bool(info.outliers),
+        "input_scale": info.static,
+        "input_zero_point": info.static,
+    }
+    parts = {part: take(f"{name}.{part}") for part, there in present.items() if there}
+    codes = Codes(info, torch.empty(0), take(f"{name}.scale"), parts.pop("zero_point", None), **parts)
     packed = take(f"{name}.codes").numpy()
     if not sparse:
         values = torch.from_numpy(unpack_bits(packed, info.bits, rows * columns)).reshape(rows, columns)
-        return Codes(info, values, codes.scale, zero_point)
+        return replace(codes, codes=values)
     bits = take(f"{name}.bitmask").numpy()
     mask = torch.from_numpy(unpack_mask(bits, rows * columns)).reshape(rows, columns)
     values = torch.as_tensor(zero_codes(codes)).to(torch.uint8).expand(rows, columns).clone()
     values[mask] = torch.from_numpy(unpack_bits(packed, info.bits, int(mask.sum())))
-    return Codes(info, values, codes.scale, zero_point, mask)
+    return replace(codes, codes=values, mask=mask)
 
 
 def _unpack_sparse(bitmask: Tensor, values: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from flyweight.models.bundle import Bundle
 from flyweight.models.family import Attention, Family, Stack
 
 __all__ = [
+    "LINEARS",
     "Layout",
     "base_of",
     "blocks",
@@ -38,6 +39,10 @@ __all__ = [
     "sync_config",
     "weight_2d",
 ]
+
+
+LINEARS = (nn.Linear, Conv1D)
+"""Modules that multiply by a weight; `weight_2d` gives it as [out, in]."""
 
 
 class Layout(NamedTuple):

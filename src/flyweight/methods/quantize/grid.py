@@ -3,6 +3,8 @@
 symmetric   W ~ s * n,       n in -(2^(b-1)-1) .. 2^(b-1)-1,  s = max|W| / (2^(b-1)-1)
 asymmetric  W ~ s * (q - z), q, z in 0 .. 2^b - 1,            s = (max(W, 0) - min(W, 0)) / (2^b - 1)
 binary      W ~ s * sign(W), s = mean|W|: the least squares solution (Rastegari et al. 2016, XNOR-Net, eq. 6)
+ternary     W ~ s * n, n = sign(W) where |W| > 0.7 mean|W|, else 0; s = mean|W| where n is not 0 (Li et al. 2016, Ternary
+            Weight Networks, eq. 5 and 6). What comes out is a symmetric grid of 2 bits, which has just these points.
 
 Extremes and means are taken over what shares one scale: the tensor, a row, or `group_size` inputs of a row. Zero is always
 a point of the first two (asymmetric ranges are stretched to contain it, as ONNX's DynamicQuantizeLinear does), so pruned
@@ -28,7 +30,7 @@ class Grid(NamedTuple):
     """What the points are and what shares a scale. `group_size` matters where granularity is "group"."""
 
     bits: int
-    scheme: Literal["symmetric", "asymmetric", "binary"] = "symmetric"
+    scheme: Literal["symmetric", "asymmetric", "ternary", "binary"] = "symmetric"
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
 
@@ -42,7 +44,7 @@ def quantize_weight(
     """Nearest codes of `weight`; those of pruned weights mean exactly zero. Raises ValueError where groups do not divide."""
     weight = weight.detach().to(torch.float32)
     kept = weight if mask is None else weight * mask
-    make = {"symmetric": _symmetric, "asymmetric": _asymmetric, "binary": _binary}[grid.scheme]
+    make = {"symmetric": _symmetric, "asymmetric": _asymmetric, "ternary": _ternary, "binary": _binary}[grid.scheme]
     codes, scale, zero_point = make(_shared(kept, grid), grid.bits, None if mask is None else _shared(mask, grid))
     codes = codes.reshape(weight.shape)
     if grid.scheme == "binary" and mask is not None:
@@ -50,7 +52,7 @@ def quantize_weight(
     info = QuantizedTensor(
         shape=tuple(weight.shape),
         bits=grid.bits,
-        scheme=grid.scheme,
+        scheme="symmetric" if grid.scheme == "ternary" else grid.scheme,
         granularity=grid.granularity,
         group_size=grid.group_size if grid.granularity == "group" else None,
         transposed=transposed,
@@ -91,6 +93,14 @@ def _asymmetric(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
     scale = _nonzero((high - low) / top)
     zero_point = (-low / scale).round().clamp(0, top)
     return ((weight / scale).round() + zero_point).clamp(0, top), scale, zero_point
+
+
+def _ternary(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
+    size = weight.abs()
+    count = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
+    kept = size > 0.7 * size.sum(1, keepdim=True) / count
+    scale = (size * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    return weight.sign() * kept + 2, _nonzero(scale), None
 
 
 def _binary(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:

@@ -1,0 +1,176 @@
+"""A quantize step under way: what is to be rounded to which grid, and where the codes go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from flyweight.errors import StepError, nearest
+from flyweight.methods.quantize.grid import Grid, quantize_weight
+from flyweight.models import surgery
+from flyweight.models.codes import described, parameter_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flyweight.calibration import Site
+    from flyweight.context import Context
+    from flyweight.models.bundle import Bundle, Codes
+    from flyweight.settings import QuantizeSettings
+
+__all__ = ["Target", "Work", "stored_bits", "targets_of"]
+
+HEAD_BITS = 8
+
+
+class Target(NamedTuple):
+    """One weight to be quantized.
+
+    parameter: its name in the model; module: the name that `skip` patterns see; part: "table", "block" or "head"
+    """
+
+    parameter: str
+    module: str
+    owner: nn.Module
+    grid: Grid
+    part: str
+
+
+@dataclass
+class Work:
+    """targets: by module name; codes, errors: what was put so far, by parameter and by module; notes: for the record"""
+
+    bundle: Bundle
+    settings: QuantizeSettings
+    context: Context
+    targets: dict[str, Target]
+    codes: dict[str, Codes] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, part: str) -> list[Target]:
+        return [target for target in self.targets.values() if target.part == part]
+
+    def at(self, site: Site) -> list[Target]:
+        """The targets among a site's linears: those left out by `skip`, and a second name of a tied weight, are not there."""
+        return [self.targets[name] for name in site.linears if name in self.targets]
+
+    def weight(self, target: Target) -> Tensor:
+        """The float weight [out, in] as it was before the step, on the model's device."""
+        kept = self.floats.get(target.parameter)
+        return surgery.weight_2d(target.owner).detach() if kept is None else kept.to(self.bundle.device)
+
+    def mask(self, target: Target) -> Tensor | None:
+        """[out, in] bool, False where the weight was pruned, or None."""
+        return self.weight(target) != 0 if target.parameter in self.bundle.sparse else None
+
+    def nearest(self, target: Target, grid: Grid | None = None) -> None:
+        """Round `target` to its grid, or to another one, and put it."""
+        transposed = isinstance(target.owner, Conv1D)
+        self.put(target, quantize_weight(self.weight(target), grid or target.grid, self.mask(target), transposed))
+
+    def put(self, target: Target, codes: Codes) -> None:
+        """The model's parameter takes the values that `codes` stand for; the float weight is kept until the step is done."""
+        codes = described(codes)
+        parameter, weight = target.owner.get_parameter("weight"), self.weight(target)
+        self.floats.setdefault(target.parameter, weight.to("cpu", copy=True))
+        value = parameter_value(codes)
+        with torch.no_grad():
+            parameter.copy_(value)
+        self.codes[target.parameter] = codes
+        self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), weight)
+
+    def take_back(self, target: Target) -> None:
+        """The float weight again."""
+        if target.parameter not in self.codes:
+            return
+        with torch.no_grad():
+            surgery.weight_2d(target.owner).copy_(self.floats[target.parameter])
+        del self.codes[target.parameter], self.errors[target.module]
+
+
+def targets_of(bundle: Bundle, settings: QuantizeSettings) -> dict[str, Target]:
+    """By module name. Raises StepError, before anything is changed: see `flyweight.methods.quantize.quantize`."""
+    names = {id(parameter): name for name, parameter in bundle.model.named_parameters()}
+    found: dict[str, Target] = {}
+    modules = list(_candidates(bundle, settings))
+    for pattern in settings.skip:
+        if not any(fnmatchcase(name, pattern) for name, *_ in modules):
+            known = [name for name, *_ in modules]
+            raise StepError(
+                "skip: a pattern of module names",
+                f"'{pattern}', which fits none{nearest(pattern, known)}",
+                f"such as '{known[0]}'",
+            )
+    taken: set[str] = set()
+    for name, module, grid, part in modules:
+        parameter = names[id(module.weight)]
+        if parameter not in taken and not any(fnmatchcase(name, pattern) for pattern in settings.skip):
+            taken.add(parameter)
+            found[name] = Target(parameter, name, module, grid, part)
+    if not found:
+        raise StepError("something to quantize", "no module left by skip and embeddings", "narrow the skip patterns")
+    for target in found.values():
+        _check(target)
+    return found
+
+
+def _candidates(bundle: Bundle, settings: QuantizeSettings) -> Iterator[tuple[str, nn.Module, Grid, str]]:
+    """Tables, linears of the blocks, other linears."""
+    scheme: Literal["symmetric", "asymmetric"] = "asymmetric" if settings.scheme == "asymmetric" else "symmetric"
+    tables = surgery.embeddings(bundle.model, bundle.family)
+    if settings.embeddings is not None:
+        bits = settings.embeddings
+        for name, module in tables.items():
+            yield name, module, Grid(bits, "binary" if bits == 1 else scheme, "channel"), "table"
+    linears = surgery.linears(bundle.model, bundle.family)
+    for name, module in linears.items():
+        yield name, module, Grid(settings.bits, settings.scheme, settings.granularity, settings.group_size), "block"
+    tied = {id(module.weight) for module in tables.values()}
+    for name, module in bundle.model.named_modules():
+        if isinstance(module, surgery.LINEARS) and name not in linears and id(module.weight) not in tied:
+            yield name, module, Grid(HEAD_BITS, scheme, "channel"), "head"
+
+
+def _check(target: Target) -> None:
+    weight = surgery.weight_2d(target.owner)
+    if not torch.isfinite(weight).all():
+        raise StepError(
+            f"finite weights in {target.module}", "NaN or inf", "start from a model whose training did not diverge"
+        )
+    grid, inputs = target.grid, weight.shape[1]
+    if grid.granularity == "group" and inputs % (grid.group_size or 1):
+        raise StepError(
+            f"a group_size that divides the {inputs} inputs of {target.module}",
+            f"{grid.group_size}",
+            f"such as {_divisor(inputs, grid.group_size or 1)}, or skip this layer",
+        )
+
+
+def _divisor(inputs: int, wanted: int) -> int:
+    """The divisor of `inputs` nearest to what was asked for."""
+    return min((n for n in range(1, inputs + 1) if inputs % n == 0), key=lambda n: abs(n - wanted))
+
+
+def relative_error(value: Tensor, weight: Tensor) -> float:
+    return float((value - weight).norm() / weight.norm().clamp(min=1e-30))
+
+
+def stored_bits(codes: Mapping[str, Codes]) -> int:
+    """Bits that the codes take on disk, scales and all other parts included (masks left out)."""
+    from flyweight.models.bundle import OPTIONAL
+
+    total = 0
+    for one in codes.values():
+        parts = (one.scale, *(getattr(one, part) for part in OPTIONAL))
+        total += one.codes.numel() * one.info.bits + sum(
+            8 * p.numel() * p.element_size() for p in parts if p is not None
+        )
+    return total
