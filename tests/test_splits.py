@@ -94,7 +94,7 @@ class TestCalibration:
             assert [len(part) for part in parts] == [20, 13, 27]
             found.append([part.content_hash() for part in parts])
         assert found[0] == found[1]
-        assert len({hash for hash in found[0]}) == 3
+        assert len(set(found[0])) == 3
 
     def test_a_task_with_labels_is_not_judged_on_them(self, tmp_path, encoder, files):
         path = write(tmp_path / "texts.jsonl", [{"text": f"w{n}"} for n in range(60)])
