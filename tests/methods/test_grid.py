@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flyweight.methods.quantize.grid import Grid, quantize_weight
+from flyweight.methods.quantize.grid import Grid, codes_at, quantize_weight, scales_of
 from flyweight.models.codes import dequantize, integers, parameter_value
 
 SCHEMES = [
@@ -166,3 +166,33 @@ def test_ternary_by_hand():
     masked = quantize_weight(weight, Grid(2, "ternary"), torch.tensor([[False, True, True, True]]))
     third = torch.tensor(2 / 3)  # the mean of the three that are left; the threshold .467 lets all of them pass
     assert torch.allclose(dequantize(masked), third * torch.tensor([[0.0, -1.0, 1.0, -1.0]]))
+
+
+def test_given_scales_by_hand() -> None:
+    """Half of the range: s = .375 / 3; what lies beyond saturates; a given zero-point and a mask are respected."""
+    weight = torch.tensor([[0.75, -0.375, 0.125, 0.25]])
+    scale, none = scales_of(weight, Grid(3), 0.5)
+    assert (scale.tolist(), none) == ([[0.125]], None)
+    assert dequantize(codes_at(weight / scale, Grid(3), scale, None)).tolist() == [[0.375, -0.375, 0.125, 0.25]]
+    grid = Grid(2, "asymmetric", "group", 2)
+    scales, zeros = torch.tensor([[0.5, 1.0]]), torch.tensor([[1, 3]], dtype=torch.uint8)
+    mask = torch.tensor([[True, True, False, True]])
+    steps = torch.tensor([[-3.0, 1.4, -1.0, -2.6]])
+    codes = codes_at(steps, grid, scales, zeros, mask)
+    assert codes.codes.tolist() == [[0, 2, 3, 0]]
+    assert dequantize(codes).tolist() == [[-0.5, 0.5, 0.0, -3.0]]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_rounding_is_onto_the_scales_of_the_whole_range(scheme: str, granularity: str) -> None:
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    grid = Grid(4, scheme, granularity, 4)  # type: ignore[arg-type]
+    whole = quantize_weight(weight, grid)
+    scale, zero_point = scales_of(weight, grid)
+    assert torch.equal(scale, whole.scale)
+    assert zero_point is None or torch.equal(zero_point, whole.zero_point)
+    shares = torch.ones(whole.scale.numel(), 1)
+    shares[0] = 0.5
+    cut, _ = scales_of(weight, grid, shares)
+    torch.testing.assert_close(cut.flatten() / scale.flatten(), shares.flatten())

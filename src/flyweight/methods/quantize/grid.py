@@ -19,11 +19,12 @@ import torch
 
 from flyweight.artifact import QuantizedTensor
 from flyweight.models.bundle import Codes
+from flyweight.models.codes import expand
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Grid", "quantize_weight"]
+__all__ = ["Grid", "codes_at", "limits", "quantize_weight", "scales_of", "units"]
 
 
 class Grid(NamedTuple):
@@ -44,30 +45,58 @@ def quantize_weight(
     """Nearest codes of `weight`; those of pruned weights mean exactly zero. Raises ValueError where groups do not divide."""
     weight = weight.detach().to(torch.float32)
     kept = weight if mask is None else weight * mask
-    make = {"symmetric": _symmetric, "asymmetric": _asymmetric, "ternary": _ternary, "binary": _binary}[grid.scheme]
-    codes, scale, zero_point = make(_shared(kept, grid), grid.bits, None if mask is None else _shared(mask, grid))
+    if grid.scheme in ("symmetric", "asymmetric"):
+        scale, zero_point = scales_of(kept, grid)
+        return codes_at(kept / expand(scale, grid), grid, scale, zero_point, mask, transposed)
+    make = _ternary if grid.scheme == "ternary" else _binary
+    codes, scale = make(units(kept, grid), None if mask is None else units(mask, grid))
     codes = codes.reshape(weight.shape)
     if grid.scheme == "binary" and mask is not None:
         codes = codes * mask
-    info = QuantizedTensor(
-        shape=tuple(weight.shape),
-        bits=grid.bits,
-        scheme="symmetric" if grid.scheme == "ternary" else grid.scheme,
-        granularity=grid.granularity,
-        group_size=grid.group_size if grid.granularity == "group" else None,
-        transposed=transposed,
-    )
-    shape = (1,) if grid.granularity == "tensor" else (len(weight), -1)
-    return Codes(
-        info=info,
-        codes=codes.to(torch.uint8),
-        scale=scale.reshape(shape),
-        zero_point=None if zero_point is None else zero_point.reshape(shape).to(torch.uint8),
-        mask=mask,
-    )
+    return _made(codes, grid, scale.reshape(_shape(weight, grid)), None, mask, transposed)
 
 
-def _shared(tensor: Tensor, grid: Grid) -> Tensor:
+def scales_of(
+    weight: Tensor,  # [out, in], 0 where pruned
+    grid: Grid,  # symmetric or asymmetric
+    share: Tensor
+    | float = 1.0,  # of the range that the grid covers, or one for each unit [scales, 1]; the rest saturates
+) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero_point or None) as `Codes` keeps them: from extremes, cut off to `share`."""
+    parts, shape = units(weight, grid), _shape(weight, grid)
+    if grid.scheme == "symmetric":
+        top = parts.abs().amax(1, keepdim=True) * share
+        return _nonzero(top / limits(grid)[1]).reshape(shape), None
+    top = limits(grid)[1]
+    low, high = parts.amin(1, keepdim=True).clamp(max=0) * share, parts.amax(1, keepdim=True).clamp(min=0) * share
+    scale = _nonzero((high - low) / top)
+    return scale.reshape(shape), (-low / scale).round().clamp(0, top).reshape(shape).to(torch.uint8)
+
+
+def codes_at(
+    steps: Tensor,  # [out, in] float, weights in units of their scale
+    grid: Grid,  # symmetric or asymmetric
+    scale: Tensor,
+    zero_point: Tensor | None,
+    mask: Tensor | None = None,
+    transposed: bool = False,
+) -> Codes:
+    """The codes nearest to `steps` on a grid whose scale and zero-point are given; those of pruned weights mean zero."""
+    nearest = steps.detach().round()
+    nearest = nearest if mask is None else nearest * mask
+    zero = 0 if zero_point is None else expand(zero_point, grid).to(nearest.dtype)
+    codes = (nearest + zero).clamp(*limits(grid))
+    return _made(codes + (1 << (grid.bits - 1)) * (zero_point is None), grid, scale, zero_point, mask, transposed)
+
+
+def limits(grid: Grid) -> tuple[int, int]:
+    """First and last integer: of what the scale multiplies (symmetric), or of the codes (asymmetric)."""
+    if grid.scheme == "asymmetric":
+        return 0, (1 << grid.bits) - 1
+    return 1 - (1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
+
+
+def units(tensor: Tensor, grid: Grid) -> Tensor:
     """[out, in] -> [scales, weights that share one]."""
     if grid.granularity == "tensor":
         return tensor.reshape(1, -1)
@@ -78,34 +107,35 @@ def _shared(tensor: Tensor, grid: Grid) -> Tensor:
     return tensor.reshape(-1, grid.group_size)
 
 
-Parts = tuple["Tensor", "Tensor", "Tensor | None"]
+def _shape(weight: Tensor, grid: Grid) -> tuple[int, ...]:
+    return (1,) if grid.granularity == "tensor" else (len(weight), -1)
 
 
-def _symmetric(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
-    half = 1 << (bits - 1)
-    scale = _nonzero(weight.abs().amax(1, keepdim=True) / (half - 1))
-    return (weight / scale).round().clamp(1 - half, half - 1) + half, scale, None
+def _made(
+    codes: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor | None, mask: Tensor | None, transposed: bool
+) -> Codes:
+    info = QuantizedTensor(
+        shape=tuple(codes.shape),
+        bits=grid.bits,
+        scheme="symmetric" if grid.scheme == "ternary" else grid.scheme,
+        granularity=grid.granularity,
+        group_size=grid.group_size if grid.granularity == "group" else None,
+        transposed=transposed,
+    )
+    return Codes(info=info, codes=codes.to(torch.uint8), scale=scale, zero_point=zero_point, mask=mask)
 
 
-def _asymmetric(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
-    top = (1 << bits) - 1
-    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
-    scale = _nonzero((high - low) / top)
-    zero_point = (-low / scale).round().clamp(0, top)
-    return ((weight / scale).round() + zero_point).clamp(0, top), scale, zero_point
-
-
-def _ternary(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
+def _ternary(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     size = weight.abs()
     count = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
     kept = size > 0.7 * size.sum(1, keepdim=True) / count
     scale = (size * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return weight.sign() * kept + 2, _nonzero(scale), None
+    return weight.sign() * kept + 2, _nonzero(scale)
 
 
-def _binary(weight: Tensor, bits: int, mask: Tensor | None) -> Parts:
+def _binary(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     count = weight.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
-    return (weight >= 0).to(weight.dtype), weight.abs().sum(1, keepdim=True) / count, None
+    return (weight >= 0).to(weight.dtype), weight.abs().sum(1, keepdim=True) / count
 
 
 def _nonzero(scale: Tensor) -> Tensor:
