@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flyweight.errors import StepError
+from flyweight.methods.quantize.mixed import choose_bits
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def quantize(bundle: Bundle, settings: QuantizeSettings, context: Context) -> Bu
     for part in ("table", "head"):
         for target in work.of(part):
             work.nearest(target)
+    if settings.bits_per_weight is not None:
+        choose_bits(work)
     METHODS[settings.method](work)
     context.notes.update(_notes(work))
     return replace(bundle, quantized=work.codes, activations=settings.activations)

@@ -1,0 +1,185 @@
+"""Bits of every layer under a budget: the mix that fits at the least summed error.
+
+Choosing one of several widths for every layer so that their cost stays within a budget is a multiple-choice knapsack
+(Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapter 11); the recursion over layers and cost solves it exactly:
+
+    best(l, c) = min over choices k of layer l of  best(l - 1, c - cost(l, k)) + error(l, k)
+
+What a layer's error is: the layer alone is rounded, to nearest, its block runs on the calibration texts, and
+
+    error = |block(x; W_q) - block(x; W)|^2 / |block(x; W)|^2
+
+All blocks of a stack write into one residual stream, so this is a share of the same thing everywhere, and it holds what the
+rest of the block makes of the error. The error of the linear's own output, |X (W - W_q)^T|^2 / |X W^T|^2, does not: half of the
+output of a key projection is without effect where the softmax is flat. Errors of layers are taken to add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from flyweight.calibration import walk
+from flyweight.errors import StepError
+from flyweight.methods.quantize.grid import quantize_weight
+from flyweight.models.codes import parameter_value
+
+if TYPE_CHECKING:
+    from flyweight.calibration import Block
+    from flyweight.data import Examples
+    from flyweight.methods.quantize.work import Target, Work
+    from flyweight.models.bundle import Codes
+
+__all__ = ["BITS", "Choice", "allocate", "choose_bits"]
+
+BITS = (2, 3, 4, 8)
+TEXTS = 64  # errors of layers settle long before a solver's Hessians do
+CELLS = 1 << 16  # a table of costs has at most so many columns
+
+
+class Choice(NamedTuple):
+    """One width of a layer. cost_bits: what it takes on disk, scales included; error: at least 0."""
+
+    bits: int
+    cost_bits: int
+    error: float
+
+
+def allocate(choices: Mapping[str, Sequence[Choice]], budget_bits: int) -> dict[str, int]:
+    """{layer: bits} with the least sum of errors among all that cost at most `budget_bits` together.
+
+    Exact where what is left above the cheapest mix has at most CELLS different costs (multiples of the common divisor of all
+    cost differences). Beyond that costs are rounded up to CELLS steps: the budget holds, the sum is the least up to them.
+
+    Raises ValueError where even the cheapest mix costs more.
+    """
+    kept = {layer: _undominated(options) for layer, options in choices.items()}
+    spare = budget_bits - sum(options[0].cost_bits for options in kept.values())
+    if spare < 0:
+        raise ValueError(f"{budget_bits} bits are {-spare} fewer than the cheapest choices take")
+    extra = {layer: [one.cost_bits - options[0].cost_bits for one in options] for layer, options in kept.items()}
+    spare = min(spare, sum(costs[-1] for costs in extra.values()))
+    unit = math.gcd(*(cost for costs in extra.values() for cost in costs)) or 1
+    unit = max(unit, -(-spare // CELLS))
+    cells = spare // unit
+    best, picks = np.zeros(cells + 1), []  # best[c]: the least error so far within c units
+    for layer, options in kept.items():
+        least, pick = np.full(cells + 1, np.inf), np.zeros(cells + 1, np.int8)
+        for number, (option, cost) in enumerate(zip(options, extra[layer], strict=True)):
+            need = -(-cost // unit)
+            if need > cells:
+                continue
+            tried = best[: cells + 1 - need] + option.error
+            better = tried < least[need:]
+            least[need:][better] = tried[better]
+            pick[need:][better] = number
+        best = least
+        picks.append(pick)
+    found, left = {}, cells
+    for layer, pick in zip(reversed(kept), reversed(picks), strict=True):
+        number = int(pick[left])
+        found[layer] = kept[layer][number].bits
+        left -= -(-extra[layer][number] // unit)
+    return {layer: found[layer] for layer in choices}
+
+
+def _undominated(options: Sequence[Choice]) -> list[Choice]:
+    """By rising cost; what costs as much as another or more without a smaller error is left out."""
+    kept: list[Choice] = []
+    for option in sorted(options, key=lambda one: (one.cost_bits, one.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+def choose_bits(work: Work) -> None:
+    """Give every linear of the blocks its own bits, so that they take `settings.bits_per_weight` on average, scales included.
+
+    Raises StepError where the budget lies below the least possible (said), and without texts to look at.
+    """
+    budget, targets = work.settings.bits_per_weight, {target.module: target for target in work.of("block")}
+    assert budget is not None
+    if not targets:
+        return
+    weights = sum(work.weight(target).numel() for target in targets.values())
+    costs = {name: {bits: cost(work, target, bits) for bits in BITS} for name, target in targets.items()}
+    least = sum(min(each.values()) for each in costs.values()) / weights
+    if budget < least:
+        raise StepError(
+            f"bits_per_weight of at least {math.ceil(1000 * least) / 1000:g} (all layers at {BITS[0]} bits, scales included)",
+            f"{budget:g}",
+            "raise it, or let more weights share a scale (a larger group_size, granularity channel)",
+        )
+    errors = layer_errors(work)
+    choices = {
+        name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in BITS]
+        for name in targets
+        if name in errors
+    }
+    chosen = allocate(choices, int(budget * weights))
+    for name, bits in chosen.items():
+        work.targets[name] = targets[name]._replace(grid=targets[name].grid._replace(bits=bits))
+    used = sum(costs[name][bits] for name, bits in chosen.items())
+    rows = [{"layer": name, "bits": bits, "error": round(errors[name][bits], 8)} for name, bits in chosen.items()]
+    work.notes["mixed"] = {"budget": budget, "bits_per_weight": round(used / weights, 4), "layers": rows}
+
+
+def cost(work: Work, target: Target, bits: int) -> int:
+    """Bits that the layer takes in `bits` a weight: codes, scales, zero-points, and the channel scales of AWQ and smoothing.
+
+    Outlier channels of static activations are not known yet and not counted.
+    """
+    weight = work.weight(target)
+    rows, inputs = weight.shape
+    grid = target.grid
+    scales = {"tensor": 1, "channel": rows, "group": weight.numel() // (grid.group_size or 1)}[grid.granularity]
+    total = weight.numel() * bits + scales * (32 + (8 if grid.scheme == "asymmetric" else 0))
+    settings = work.settings
+    if settings.method == "awq" or (settings.activations == "static" and settings.smooth):
+        total += 32 * inputs
+    return total
+
+
+def layer_errors(work: Work) -> dict[str, dict[int, float]]:
+    """{layer: {bits: |change of its block's output|^2 / |output|^2}} for the linears of the blocks, each rounded alone."""
+    texts = work.context.calibration
+    if texts is None:
+        raise StepError("texts to calibrate on", "none", "give --calibrate F or --train F")
+    found: dict[str, dict[int, float]] = {}
+    for block in walk(work.bundle, some(texts, TEXTS, work.context.seed), work.context.progress, "errors by bits"):
+        whole = sum(float(wanted.double().square().sum()) for wanted in block.wanted)
+        for target in (target for site in block.sites for target in work.at(site)):
+            found[target.module] = {bits: _error(work, block, target, bits) / max(whole, 1e-30) for bits in BITS}
+    return found
+
+
+def some(examples: Examples, most: int, seed: int) -> Examples:
+    """`most` of the examples, chosen by seed, or all where there are no more."""
+    if len(examples) <= most:
+        return examples
+    return examples.take(np.sort(np.random.default_rng(seed).choice(len(examples), most, replace=False)))
+
+
+def _error(work: Work, block: Block, target: Target, bits: int) -> float:
+    """|block(x; W_q) - block(x; W)|^2 with one weight rounded; it is put back."""
+    parameter = target.owner.get_parameter("weight")
+    kept = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.copy_(parameter_value(_rounded(work, target, bits)))
+            return sum(
+                float((block.run(batch) - wanted).double().square().sum()) for batch, wanted in enumerate(block.wanted)
+            )
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+def _rounded(work: Work, target: Target, bits: int) -> Codes:
+    grid = target.grid._replace(bits=bits)
+    return quantize_weight(work.weight(target), grid, work.mask(target), isinstance(target.owner, Conv1D))

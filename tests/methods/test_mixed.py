@@ -1,0 +1,199 @@
+"""Bits of every layer: the knapsack against brute force, costs against what is stored, errors against whole blocks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+import tiny as tiny_models
+from flyweight.context import Context
+from flyweight.errors import StepError
+from flyweight.methods.quantize import mixed, quantize
+from flyweight.methods.quantize.grid import quantize_weight
+from flyweight.methods.quantize.mixed import BITS, Choice, allocate, choose_bits, cost, layer_errors
+from flyweight.methods.quantize.work import Work, stored_bits, targets_of
+from flyweight.models.bundle import Bundle
+from flyweight.models.load import load
+from flyweight.settings import QuantizeSettings
+from flyweight.tasks import task_named
+from flyweight.training import predict
+
+TASK = task_named("embedding")
+Table = Mapping[str, Sequence[Choice]]
+
+
+def brute(table: Table, budget: int) -> float:
+    """The least error among all mixes that fit, by trying every one."""
+    mixes = itertools.product(*table.values())
+    return min(sum(c.error for c in mix) for mix in mixes if sum(c.cost_bits for c in mix) <= budget)
+
+
+def told(table: Table, chosen: Mapping[str, int]) -> tuple[int, float]:
+    picked = [next(c for c in table[layer] if c.bits == bits) for layer, bits in chosen.items()]
+    return sum(c.cost_bits for c in picked), sum(c.error for c in picked)
+
+
+def test_by_hand() -> None:
+    table = {
+        "a": [Choice(2, 20, 9.0), Choice(4, 40, 1.0)],
+        "b": [Choice(2, 20, 8.0), Choice(4, 40, 3.0)],
+        "c": [Choice(2, 2, 5.0), Choice(4, 4, 4.0)],
+    }
+    assert allocate(table, 42) == {"a": 2, "b": 2, "c": 2}
+    assert allocate(table, 61) == {"a": 2, "b": 2, "c": 4}
+    assert allocate(table, 62) == {"a": 4, "b": 2, "c": 2}
+    assert allocate(table, 64) == {"a": 4, "b": 2, "c": 4}
+    assert allocate(table, 83) == {"a": 4, "b": 4, "c": 2}
+    assert allocate(table, 10**9) == {"a": 4, "b": 4, "c": 4}
+    with pytest.raises(ValueError, match="41 bits are 1 fewer than the cheapest choices take"):
+        allocate(table, 41)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_tables_against_brute_force(seed: int) -> None:
+    """Sizes of every kind; errors that need not fall with the bits, so that some choices are dominated."""
+    draw = random.Random(seed)
+    table = {}
+    for number in range(draw.randint(1, 6)):
+        size, scales, error = draw.choice([1, 7, 64, 384, 1000]), draw.randint(0, 50), draw.uniform(0.5, 3)
+        table[f"l{number}"] = [
+            Choice(bits, size * bits + scales, error * draw.uniform(0.3, 1.7) * 4.0**-bits) for bits in BITS
+        ]
+    least, most = (sum(f(c.cost_bits for c in options) for options in table.values()) for f in (min, max))
+    for budget in {least, most, *(draw.randint(least, most) for _ in range(6))}:
+        used, error = told(table, allocate(table, budget))
+        assert used <= budget
+        assert error == pytest.approx(brute(table, budget), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_coarse_table_never_breaks_the_budget(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs rounded up to 60 steps: what comes out fits, and no mix that is a step a layer cheaper is better."""
+    monkeypatch.setattr(mixed, "CELLS", 60)
+    draw = random.Random(seed)
+    table = {
+        f"l{n}": [Choice(bits, (size := draw.randint(1000, 9999)) * bits + size % 7, draw.random() * 4.0**-bits) for bits in BITS]
+        for n in range(5)
+    }  # fmt: skip
+    least, most = (sum(f(c.cost_bits for c in options) for options in table.values()) for f in (min, max))
+    for budget in (least, (least + most) // 2, (3 * least + most) // 4):
+        used, error = told(table, allocate(table, budget))
+        assert used <= budget
+        step = -(-(budget - least) // 60)
+        tighter = max(least, budget - step * len(table))
+        assert error <= brute(table, tighter) + 1e-15
+
+
+def opened(tiny: Callable[..., Path], family: str = "bert") -> Bundle:
+    return load(tiny(family), TASK)
+
+
+def context(bundle: Bundle, tmp_path: Path, **changes: Any) -> Context:
+    def none(*arguments: Any) -> Bundle:
+        raise AssertionError("no other model is needed")
+
+    texts = bundle.encoder.examples(tiny_models.SENTENCES)
+    return replace(Context(task=TASK, seed=0, work=tmp_path, reference=none, load=none, calibration=texts), **changes)
+
+
+def begun(bundle: Bundle, tmp_path: Path, **settings: Any) -> Work:
+    chosen = QuantizeSettings(**settings)
+    return Work(bundle, chosen, context(bundle, tmp_path), targets_of(bundle, chosen))
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_costs_are_what_is_stored(tiny: Any, tmp_path: Path, scheme: str, granularity: str) -> None:
+    settings: dict[str, Any] = {"scheme": scheme, "granularity": granularity, "group_size": 16, "activations": "none"}
+    work = begun(opened(tiny), tmp_path, **settings)
+    for target in work.of("block"):
+        for bits in BITS:
+            codes = quantize_weight(work.weight(target), target.grid._replace(bits=bits))
+            assert cost(work, target, bits) == stored_bits({"one": codes})
+
+
+def test_channel_scales_count(tiny: Any, tmp_path: Path) -> None:
+    plain = begun(opened(tiny), tmp_path, method="nearest", activations="none")
+    awq = begun(opened(tiny), tmp_path, method="awq", activations="none")
+    for a, b in zip(plain.of("block"), awq.of("block"), strict=True):
+        assert cost(awq, b, 4) == cost(plain, a, 4) + 32 * plain.weight(a).shape[1]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_errors_are_those_of_the_block(tiny: Any, tmp_path: Path, family: str) -> None:
+    """A layer of the last block: the model's own hidden states with and without it rounded. The model is left as it was."""
+    bundle = opened(tiny, family)
+    before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+    work = begun(bundle, tmp_path, activations="none")
+    errors = layer_errors(work)
+    for name, tensor in bundle.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert set(errors) == {target.module for target in work.of("block")}
+    last = work.of("block")[-1]
+    module = dict(bundle.model.named_modules())
+    block = module[".".join(last.module.split(".")[: last.module.split(".").index("3") + 1])]  # of four
+
+    def states() -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        hook = block.register_forward_hook(lambda _, given, out: kept.append(out[0] if isinstance(out, tuple) else out))
+        for i in range(len(tiny_models.SENTENCES)):  # one by one: no padding
+            predict(bundle, work.context.calibration.take([i]))  # type: ignore[union-attr]
+        hook.remove()
+        return torch.cat([one.flatten(0, -2) for one in kept])
+
+    whole = states()
+    for bits in BITS:
+        weight = work.weight(last).clone()
+        codes = quantize_weight(weight, last.grid._replace(bits=bits), None, isinstance(last.owner, Conv1D))
+        work.put(last, codes)
+        expected = float(((states() - whole) ** 2).sum() / (whole**2).sum())
+        work.take_back(last)
+        assert errors[last.module][bits] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert errors[last.module][2] > errors[last.module][4] > errors[last.module][8] > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "gpt2", "t5"])
+def test_a_step_keeps_the_budget(tiny: Any, tmp_path: Path, family: str) -> None:
+    bundle = opened(tiny, family)
+    settings = QuantizeSettings(bits_per_weight=5.5, activations="none", granularity="tensor")
+    here = context(bundle, tmp_path)
+    blocks = {target.parameter for target in targets_of(bundle, settings).values() if target.part == "block"}
+    made = quantize(bundle, settings, here)
+    inside = {name: codes for name, codes in made.quantized.items() if name in blocks}
+    mean = stored_bits(inside) / sum(codes.codes.numel() for codes in inside.values())
+    note = here.notes["mixed"]
+    assert 4.0 < mean <= 5.5
+    assert note["bits_per_weight"] == pytest.approx(mean, abs=1e-4)
+    assert {row["layer"] + ".weight": row["bits"] for row in note["layers"]} == {
+        name: codes.info.bits for name, codes in inside.items()
+    }
+    assert len({codes.info.bits for codes in inside.values()}) > 1
+    assert all(codes.info.bits == 8 for name, codes in made.quantized.items() if name not in blocks)
+
+
+def test_a_budget_that_cannot_be_kept(tiny: Any, tmp_path: Path) -> None:
+    bundle = opened(tiny)
+    settings = QuantizeSettings(bits_per_weight=2.5, activations="none")  # rows of 32 and 64 with a scale of 32 bits
+    with pytest.raises(
+        StepError, match=r"expected bits_per_weight of at least 2\.\d+ \(all layers at 2 bits, .* got 2.5"
+    ):
+        quantize(bundle, settings, context(bundle, tmp_path))
+
+
+def test_more_budget_is_never_worse(tiny: Any, tmp_path: Path) -> None:
+    sums = []
+    for budget in (3.5, 4.5, 6.0, 8.0):
+        work = begun(opened(tiny), tmp_path, bits_per_weight=budget, activations="none", granularity="tensor")
+        choose_bits(work)
+        sums.append(sum(row["error"] for row in work.notes["mixed"]["layers"]))
+    assert sums == sorted(sums, reverse=True)
+    assert np.isfinite(sums).all()
