@@ -14,15 +14,16 @@ from flyweight.cache import Cache
 from flyweight.context import NoProgress, Progress
 from flyweight.data import Examples
 from flyweight.errors import ModelError, SettingsError
-from flyweight.methods.distill.student import check_fit, kept_layers
+from flyweight.methods.distill.student import kept_layers
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
 from flyweight.models.surgery import blocks
 from flyweight.recipe import Recipe, StepSpec, check_order, content_key
-from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings
+from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings, TeacherSettings
 from flyweight.splits import Splits, label_names, read_splits, read_unlabelled
 from flyweight.tasks import Task, task_named
+from flyweight.training.pair import check_fit
 
 __all__ = ["Job", "guess_task", "open_other", "prepare"]
 
@@ -116,7 +117,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
 
 def unlabelled_files(recipe: Recipe) -> set[Path]:
     settings = [step.settings for step in recipe.steps]
-    return {one.unlabelled for one in settings if isinstance(one, DistillSettings) and one.unlabelled is not None}
+    return {one.unlabelled for one in settings if isinstance(one, TeacherSettings) and one.unlabelled is not None}
 
 
 def check_data(recipe: Recipe, task: Task) -> None:
@@ -128,12 +129,12 @@ def check_data(recipe: Recipe, task: Task) -> None:
             raise SettingsError(
                 f"texts to calibrate {place} on", "none", "give --calibrate F, or data.calibrate in the recipe"
             )
-        alone = isinstance(settings, DistillSettings) and settings.unlabelled is not None
-        if not (isinstance(settings, DistillSettings) or needs_labels(step)) or recipe.data.train is not None:
+        taught = isinstance(settings, TeacherSettings) and settings.taught
+        if not (taught or needs_labels(step)) or recipe.data.train is not None:
             continue
-        if not alone:
+        if not (isinstance(settings, TeacherSettings) and settings.unlabelled is not None):
             raise SettingsError(f"training data for {place}", "none", "give --train F, or data.train in the recipe")
-        if task.labelled and isinstance(settings, DistillSettings) and settings.alpha < 1:
+        if task.labelled and settings.alpha < 1:
             raise SettingsError(
                 f"labelled data for {place} with alpha below 1", "only unlabelled", "set alpha to 1 or give --train F"
             )
@@ -169,10 +170,13 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
         settings = step.settings
         if isinstance(settings, PruneSettings) and settings.target == "layers":
             depth = None  # how many are left is known only then
+        if not (isinstance(settings, TeacherSettings) and settings.taught):
+            continue
+        teacher = bundle if settings.teacher == "reference" else open_other(recipe, task, bundle, settings.teacher)
         if not isinstance(settings, DistillSettings):
+            check_fit(bundle, bundle, teacher)
             continue
         student = bundle if settings.student is None else open_other(recipe, task, bundle, settings.student)
-        teacher = bundle if settings.teacher == "reference" else open_other(recipe, task, bundle, settings.teacher)
         check_fit(bundle, student, teacher)
         if student is not bundle:
             depth = len(next(iter(blocks(student.model, student.family).values())))
@@ -249,12 +253,14 @@ def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) 
 
 def outside_hashes(step: StepSpec, texts: Mapping[Path, Examples]) -> list[str]:
     """Content of the models and files that a step names."""
-    if not isinstance(step.settings, DistillSettings):
+    settings = step.settings
+    if not (isinstance(settings, TeacherSettings) and settings.taught):
         return []
-    named = [step.settings.student, None if step.settings.teacher == "reference" else step.settings.teacher]
+    named = [settings.student if isinstance(settings, DistillSettings) else None]
+    named.append(None if settings.teacher == "reference" else settings.teacher)
     hashes = [origin_hash(resolve(name)) for name in named if name is not None]
-    if step.settings.unlabelled is not None:
-        hashes.append(texts[step.settings.unlabelled].content_hash())
+    if settings.unlabelled is not None:
+        hashes.append(texts[settings.unlabelled].content_hash())
     return hashes
 
 

@@ -25,7 +25,7 @@ import yaml
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
 from flyweight.errors import SettingsError, StepError, nearest
-from flyweight.settings import Accept, DataSettings, DistillSettings, MeasureSettings, PruneSettings, Settings
+from flyweight.settings import Accept, DataSettings, MeasureSettings, PruneSettings, Settings, TeacherSettings
 from flyweight.steps import STEPS, step_named
 
 __all__ = ["Recipe", "StepSpec", "check_order", "read_recipe", "shipped"]
@@ -140,9 +140,9 @@ def _name(value: Any) -> Any:
 
 def _with_paths(step: StepSpec, change: Callable[[Any], Any]) -> StepSpec:
     """The step with `change` made to every path that it names; the teacher `reference` is none."""
-    if not isinstance(step.settings, DistillSettings):
+    if not isinstance(step.settings, TeacherSettings):
         return step
-    named = {name: getattr(step.settings, name) for name in ("teacher", "student", "unlabelled")}
+    named = {name: getattr(step.settings, name, None) for name in ("teacher", "student", "unlabelled")}
     paths = {k: v for k, v in named.items() if v is not None and (k, v) != ("teacher", "reference")}
     return StepSpec(step.name, step.settings.model_copy(update={k: change(v) for k, v in paths.items()}))
 

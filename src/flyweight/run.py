@@ -27,7 +27,7 @@ from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
 from flyweight.models.storage import restore, save
 from flyweight.parity import check
-from flyweight.settings import DistillSettings
+from flyweight.settings import TeacherSettings
 from flyweight.steps import step_named
 from flyweight.training import predict
 
@@ -88,7 +88,7 @@ def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
 def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
     settings = job.recipe.steps[number].settings
     unlabelled = None
-    if isinstance(settings, DistillSettings) and settings.unlabelled is not None:
+    if isinstance(settings, TeacherSettings) and settings.unlabelled is not None:
         unlabelled = job.unlabelled[settings.unlabelled]
 
     def reference() -> Bundle:

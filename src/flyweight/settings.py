@@ -22,6 +22,7 @@ __all__ = [
     "PruneSettings",
     "QuantizeSettings",
     "Settings",
+    "TeacherSettings",
     "TrainSettings",
 ]
 
@@ -86,7 +87,27 @@ class FinetuneSettings(TrainSettings):
     """Train all weights on the labelled data."""
 
 
-class DistillSettings(TrainSettings):
+class TeacherSettings(TrainSettings):
+    """What learning from a teacher's answers takes (Hinton et al. 2015)."""
+
+    teacher: str = "reference"
+    """`reference` (the model after `finetune`), or a model folder or artifact with the same vocabulary and labels."""
+    temperature: float = Field(2.0, gt=0)
+    """T: softens both distributions."""
+    alpha: Share = 0.7
+    """Weight of the teacher's answer against the label; 1 needs no labels."""
+    hidden_weight: float = Field(0.0, ge=0)
+    """Weight of the hidden-state loss (TinyBERT, Jiao et al. 2020, section 3.1); 0 leaves it out."""
+    unlabelled: Path | None = None
+    """A file of further texts without labels; they take part in the teacher's half of the loss."""
+
+    @property
+    def taught(self) -> bool:
+        """Whether the step learns from a teacher at all."""
+        return True
+
+
+class DistillSettings(TeacherSettings):
     """Train a student to answer as its teacher does (Hinton et al. 2015).
 
     Loss: (1-alpha) * CE(y, student) + alpha * T^2 * KL(softmax(teacher/T) || softmax(student/T)), batch mean,
@@ -95,22 +116,12 @@ class DistillSettings(TrainSettings):
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    teacher: str = "reference"
-    """`reference` (the model after `finetune`), or a model folder or artifact with the same vocabulary and labels."""
     student: str | None = None
     """A model folder to start from; by default the student is made from the model at hand by `layers`."""
     layers: Literal["all", "every-other"] | tuple[int, ...] = "all"
     """Layers that the student keeps: `all`, `every-other`, or a list of numbers from 0."""
-    temperature: float = Field(2.0, gt=0)
-    """T: softens both distributions."""
-    alpha: Share = 0.7
-    """Weight of the teacher's answer against the label; 1 needs no labels."""
-    hidden_weight: float = Field(0.0, ge=0)
-    """Weight of the hidden-state loss (TinyBERT, Jiao et al. 2020, section 3.1); 0 leaves it out."""
     layer_map: tuple[int, ...] | None = None
     """For each student layer the teacher layer it imitates; by default spread evenly."""
-    unlabelled: Path | None = None
-    """A file of further texts without labels; they take part in the teacher's half of the loss."""
     control: bool = False
     """Train the same student for the same steps without the teacher as well, and report both."""
 
@@ -164,10 +175,10 @@ class PruneSettings(TrainSettings):
         return self
 
 
-class QuantizeSettings(TrainSettings):
+class QuantizeSettings(TeacherSettings):
     """Store weights in k bits, and let integer kernels run.
 
-    The training settings matter with `method: train`.
+    The settings of training and teacher matter with `method: train`.
     """
 
     bits: int = Field(8, ge=1, le=8)
@@ -199,6 +210,9 @@ class QuantizeSettings(TrainSettings):
     """Texts to calibrate on."""
     bits_per_weight: float | None = Field(None, gt=1, le=8)
     """Choose the bits of every layer, 2, 3, 4 or 8, so that their mean (scales included) is at most this at the least error."""
+    step_down: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
+    """`train`: bits to train at in turn, such as 8, 4, 2, 1, ending at `bits`, each for an equal share of the steps; the model
+    of the stage before is a second teacher (Martinez et al. 2020, section 3.2)."""
     damping: float = Field(0.01, gt=0)
     """`gptq`: share of the mean diagonal that is added to the Hessian."""
     iterations: int = Field(200, ge=1)
@@ -227,9 +241,17 @@ class QuantizeSettings(TrainSettings):
             raise ValueError(f"method {self.method} has no {self.scheme} grid: use nearest or train")
         if self.method == "train" and self.granularity == "group":
             raise ValueError("method train learns a scale per channel or tensor: set granularity to channel")
+        if self.step_down and self.method != "train":
+            raise ValueError("step_down goes with method train")
+        if self.step_down and self.step_down != tuple(sorted({*self.step_down, self.bits}, reverse=True)):
+            raise ValueError(f"step_down falls from bits to fewer bits and ends at bits, which is {self.bits}")
         if self.bits_per_weight is not None and (self.method == "train" or self.scheme in ("ternary", "binary")):
             raise ValueError("bits_per_weight mixes symmetric or asymmetric grids without training")
         return self
+
+    @property
+    def taught(self) -> bool:
+        return self.method == "train"
 
     @property
     def calibrated(self) -> bool:

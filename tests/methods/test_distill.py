@@ -17,13 +17,13 @@ import training_cases as cases  # noqa: E402
 from flyweight.context import Context  # noqa: E402
 from flyweight.data import join, pack  # noqa: E402
 from flyweight.errors import Interrupted, StepError  # noqa: E402
-from flyweight.methods.distill import distill, losses, objective, student  # noqa: E402
-from flyweight.methods.distill.teacher import answers, identity, tap  # noqa: E402
+from flyweight.methods.distill import distill, student  # noqa: E402
 from flyweight.models.bundle import Bundle  # noqa: E402
 from flyweight.models.surgery import blocks  # noqa: E402
 from flyweight.settings import DistillSettings  # noqa: E402
 from flyweight.tasks import task_named  # noqa: E402
-from flyweight.training import loop, predict  # noqa: E402
+from flyweight.training import distillation, loop, losses, pair, predict  # noqa: E402
+from flyweight.training.teacher import answers, identity, tap  # noqa: E402
 
 SETTINGS = DistillSettings(epochs=2, batch_size=8, learning_rate=1e-3, layers="every-other")
 
@@ -86,10 +86,10 @@ def test_objective_by_hand(
 ) -> None:
     bundle = cases.open_bundle(tiny("bert", labels=("negative", "positive")))
     settings = SETTINGS.model_copy(update={"alpha": alpha, "temperature": temperature})
-    monkeypatch.setattr(objective, "answer", lambda *_: torch.tensor(STUDENT))
+    monkeypatch.setattr(distillation, "answer", lambda *_: torch.tensor(STUDENT))
     targets = np.array([[9.0, 9.0], *TEACHER], np.float32)  # by example: row 0 is not in the batch
     for labelled in ([True] * 4, [False, True, False, True], [False] * 4):
-        made = objective.Distillation(bundle, settings, targets, np.array(labelled), None, "")
+        made = distillation.Distillation(bundle, settings, (targets,), np.array(labelled), None, "")
         batch = {
             "labels": torch.tensor([label if has else -100 for label, has in zip(LABELS, labelled[1:], strict=True)])
         }
@@ -132,16 +132,16 @@ def test_layers_to_keep() -> None:
 
 
 def test_layer_map() -> None:
-    assert student.layer_map(None, 3, 6) == [1, 3, 5]
-    assert student.layer_map(None, 4, 12) == [2, 5, 8, 11]
-    assert student.layer_map(None, 2, 5) == [2, 4]
-    assert student.layer_map(None, 6, 6) == [0, 1, 2, 3, 4, 5]
-    assert student.layer_map(None, 6, 3) == [0, 0, 1, 1, 2, 2]
-    assert student.layer_map((0, 0, 5), 3, 6) == [0, 0, 5]
+    assert pair.layer_map(None, 3, 6) == [1, 3, 5]
+    assert pair.layer_map(None, 4, 12) == [2, 5, 8, 11]
+    assert pair.layer_map(None, 2, 5) == [2, 4]
+    assert pair.layer_map(None, 6, 6) == [0, 1, 2, 3, 4, 5]
+    assert pair.layer_map(None, 6, 3) == [0, 0, 1, 1, 2, 2]
+    assert pair.layer_map((0, 0, 5), 3, 6) == [0, 0, 5]
     with pytest.raises(StepError, match="3 numbers in layer_map, one a student layer, got 2"):
-        student.layer_map((0, 1), 3, 6)
+        pair.layer_map((0, 1), 3, 6)
     with pytest.raises(StepError, match="teacher layers from 0 to 5 in layer_map, got 6"):
-        student.layer_map((0, 1, 6), 3, 6)
+        pair.layer_map((0, 1, 6), 3, 6)
 
 
 # the step
@@ -352,7 +352,7 @@ def test_unlabelled_texts_alone_and_beside_labelled_ones(folder: Path, tmp_path:
         with pytest.raises(StepError, match="labelled examples for (alpha 0.5|control), got none"):
             distill(alone.bundle(), SETTINGS.model_copy(update=changes), alone.context)
     none = School(folder, tmp_path / "c", train=None)
-    with pytest.raises(StepError, match="texts to distil on"):
+    with pytest.raises(StepError, match="texts to learn from"):
         distill(none.bundle(), SETTINGS, none.context)
 
 

@@ -11,13 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flyweight.methods.distill import losses
-from flyweight.methods.distill.teacher import hidden, tap
 from flyweight.models.bundle import Bundle
-from flyweight.settings import DistillSettings
+from flyweight.settings import TeacherSettings
 from flyweight.tasks import task_named
-from flyweight.training import parameter_groups
-from flyweight.training.objective import answer
+from flyweight.training import losses
+from flyweight.training.objective import answer, parameter_groups
+from flyweight.training.teacher import hidden, tap
 
 __all__ = ["Distillation", "Imitation"]
 
@@ -35,7 +34,7 @@ class Imitation:
 class Distillation:
     """(1-alpha) * CE + alpha * T^2 * KL + hidden_weight * MSE; without labels (1 - cosine) + hidden_weight * MSE.
 
-    targets:  the teacher's answers by example, or None where they are not asked for
+    targets:  answers by example, one array a teacher; the mean of their losses counts. Empty where they are not asked for
     labelled: which examples have a label, [n] bool. CE is summed over those and divided by the whole batch: an example
               weighs the same whether or not its neighbours have labels
     key:      identity of the teacher; checkpoints under another one do not fit
@@ -44,8 +43,8 @@ class Distillation:
     def __init__(
         self,
         student: Bundle,
-        settings: DistillSettings,
-        targets: NDArray[np.float32] | None,
+        settings: TeacherSettings,
+        targets: Sequence[NDArray[np.float32]],
         labelled: NDArray[np.bool_],
         imitation: Imitation | None,
         key: str,
@@ -81,12 +80,13 @@ class Distillation:
             if bool(rows.any()):
                 hard = self.task.loss(given[rows], batch["labels"][rows])
                 total = total + (1 - alpha) * hard * (rows.sum() / len(rows))
-        if alpha > 0 and self.targets is not None:
-            wanted = torch.from_numpy(self.targets[indices]).to(given.device)
+        for targets in self.targets if alpha > 0 else ():
+            wanted = torch.from_numpy(targets[indices]).to(given.device)
             if self.task.labelled:
-                total = total + alpha * losses.soft_targets(given, wanted, self.settings.temperature)
+                soft = alpha * losses.soft_targets(given, wanted, self.settings.temperature)
             else:
-                total = total + losses.cosine(given, wanted)
+                soft = losses.cosine(given, wanted)
+            total = total + soft / len(self.targets)
         return total
 
     def after_step(self, step: int, total: int) -> None:

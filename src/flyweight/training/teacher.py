@@ -17,9 +17,9 @@ from flyweight.data import Examples
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
 from flyweight.models.surgery import blocks
-from flyweight.training import find_device, placed, predict
 from flyweight.training.checkpoint import content_hash, write_atomically
-from flyweight.training.device import weights
+from flyweight.training.device import find_device, placed, weights
+from flyweight.training.predict import predict
 
 __all__ = ["answers", "hidden", "identity", "tap"]
 

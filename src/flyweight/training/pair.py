@@ -1,0 +1,83 @@
+"""Whether a teacher and its student go together, and which layers imitate which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flyweight.data import Examples
+from flyweight.errors import StepError
+from flyweight.models.bundle import Bundle
+
+__all__ = ["check_fit", "check_length", "check_width", "layer_map"]
+
+
+def layer_map(given: Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
+    """For each student layer the teacher layer it imitates.
+
+    By default spread evenly, the last on the last: layer m of M on ceil((m + 1) * N / M) - 1 of N (TinyBERT's uniform
+    map where M divides N). Raises StepError for a map of another length or a layer that the teacher has not.
+    """
+    if given is None:
+        return [-(-(m + 1) * teacher_depth // student_depth) - 1 for m in range(student_depth)]
+    if len(given) != student_depth:
+        raise StepError(f"{student_depth} numbers in layer_map, one a student layer", f"{len(given)}")
+    wrong = [number for number in given if not 0 <= number < teacher_depth]
+    if wrong:
+        raise StepError(f"teacher layers from 0 to {teacher_depth - 1} in layer_map", f"{wrong[0]}")
+    return list(given)
+
+
+def check_fit(bundle: Bundle, student: Bundle, teacher: Bundle) -> None:
+    """Refuse a pair whose inputs or outputs do not mean the same. Raises StepError naming both sizes.
+
+    bundle: the model at hand, whose tokenizer made the examples
+    """
+    _same_vocabulary("the student", student, "the teacher", teacher)
+    _same_vocabulary("the student", student, "the model at hand", bundle)
+    if student.labels != teacher.labels:
+        mine, theirs = (len(b.labels or ()) for b in (student, teacher))
+        detail = f"teacher {_named(teacher.labels)}, student {_named(student.labels)}"
+        raise StepError(
+            f"a teacher with the student's {mine} labels in the student's order",
+            f"one with {theirs} labels ({detail})",
+            "train the teacher on the same labels",
+        )
+
+
+def check_width(student: int, teacher: int) -> None:
+    """Without labels the answers themselves are compared. Raises StepError naming both widths."""
+    if student != teacher:
+        raise StepError(
+            f"a student whose vectors have the teacher's width {teacher}", f"{student}", "choose another student"
+        )
+
+
+def check_length(data: Examples, student: Bundle, teacher: Bundle) -> None:
+    """Raises StepError when an example is longer than either model can read."""
+    limit = min(student.encoder.max_length, teacher.encoder.max_length)
+    longest = int(np.max(data.lengths, initial=0))
+    if longest > limit:
+        raise StepError(
+            f"examples of at most {limit} tokens, the limit of student and teacher",
+            f"one of {longest}",
+            f"set max_length to {limit} with truncate",
+        )
+
+
+def _same_vocabulary(who: str, one: Bundle, whom: str, other: Bundle) -> None:
+    mine, theirs = (bundle.encoder.tokenizer.get_vocab(with_added_tokens=True) for bundle in (one, other))
+    if mine == theirs:
+        return
+    same = sum(theirs.get(token) == number for token, number in mine.items())
+    raise StepError(
+        f"{who} to read the same tokens as {whom} ({len(theirs)} of them)",
+        f"a vocabulary of {len(mine)}, {same} of which agree",
+        "choose models that share a tokenizer",
+    )
+
+
+def _named(labels: Sequence[str] | None) -> str:
+    some = ", ".join(map(repr, list(labels or ())[:5]))
+    return f"[{some}{', ...' if len(labels or ()) > 5 else ''}]"
