@@ -29,6 +29,9 @@ __all__ = [
     "BlockShape",
     "Engine",
     "FileEntry",
+    "KernelReport",
+    "KernelRun",
+    "KernelTotal",
     "Manifest",
     "Measurement",
     "QuantizedTensor",
@@ -142,6 +145,39 @@ class Engine(_Part):
     parity: float
 
 
+class KernelRun(_Part):
+    """What one linear ran in.
+
+    kernel:    the engine's name of it; several where a part of the channels is multiplied apart
+    precision: of the arithmetic: "int8", "fp32", "int8 + fp32"
+    share:     of the time of one run
+    """
+
+    kernel: str
+    precision: str
+    share: float
+
+
+class KernelTotal(_Part):
+    """All nodes that ran in one kernel, and their share of the time of one run."""
+
+    kernel: str
+    precision: str
+    nodes: int
+    share: float
+
+
+class KernelReport(_Part):
+    """What an engine really ran, from its own profile of one text of the length that latency is told for.
+
+    linears: by the name of the weight; totals: most time first; text: sentences that say what it comes to
+    """
+
+    linears: dict[str, KernelRun]
+    totals: tuple[KernelTotal, ...]
+    text: tuple[str, ...]
+
+
 class Manifest(_Part):
     """flyweight.json.
 
@@ -171,6 +207,8 @@ class Manifest(_Part):
     sparse: dict[str, str] = {}
     """Weights stored as bitmask + values, with their pattern."""
     engines: dict[str, Engine] = {}
+    kernels: dict[str, KernelReport] = {}
+    """By engine."""
     environment: dict[str, Any] = {}
     measurements: dict[str, dict[str, Measurement]] = {}
     verdict: Verdict | None = None

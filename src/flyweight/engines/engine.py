@@ -39,6 +39,7 @@ class EngineModule(Protocol):
 # `export(bundle, folder)` of an engine that has a form of its own stands in its file too, and needs torch.
 ENGINES = {
     "onnxruntime": "flyweight.engines.onnxruntime",
+    "openvino": "flyweight.engines.openvino",
     "torch": "flyweight.engines.torch",
 }
 

@@ -1,0 +1,132 @@
+"""OpenVINO on the artifact's ONNX file: the same file that onnxruntime runs, faster where a CPU has VNNI.
+
+What OpenVINO makes of our files (seen in its runtime graph, version 2026.4):
+
+- int8-static: QuantizeLinear and DequantizeLinear around a product become one int8 FullyConnected. This is the format for it.
+- int8-dynamic, int8-token: DynamicQuantizeLinear and MatMulInteger are computed in float, exactly as written: right, not fast.
+- weights only: the packed integers stay packed (8, 4 and 2 bits) and are made float inside a float FullyConnected.
+
+Two of its defaults would change answers without a word, and are set here: where a CPU has bf16 it computes fp32 models in
+bf16, and it rounds the inputs of linears with packed weights to int8 (in groups of 32).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flyweight import artifact
+from flyweight.engines.engine import Arrays, Predictor
+from flyweight.errors import EngineError
+from flyweight.extras import have, need
+
+__all__ = ["available", "compiled", "engine_entry", "load", "open", "open_file"]
+
+NAME, SHARED = "openvino", "onnxruntime"
+TELEMETRY = "openvino_telemetry"
+
+
+def available() -> str | None:
+    return None if have("openvino") else 'openvino is not installed; run: pip install "flyweight[openvino]"'
+
+
+def open(folder: Path, threads: int = 1) -> Predictor:
+    """Load the ONNX file of an artifact. Raises ArtifactError, EngineError, MissingExtra.
+
+    Hashes are not checked here: `flyweight.artifact.verify` does that once, before anything is opened.
+    """
+    return open_file(Path(folder) / engine_entry(folder).file, threads)
+
+
+def engine_entry(folder: Path) -> artifact.Engine:
+    """What the manifest says of OpenVINO's file; without a word of it, the file of onnxruntime, which it reads as well."""
+    engines = artifact.read_manifest(folder).engines
+    entry = engines.get(NAME) or engines.get(SHARED)
+    if entry is None:
+        raise EngineError(f"an ONNX file in {folder}", ", ".join(engines) or "no engine's file", "use engine torch")
+    return entry
+
+
+def open_file(path: Path, threads: int = 1) -> Predictor:
+    """Load any ONNX file whose first output is the answer. Raises EngineError, MissingExtra."""
+    return _Predictor(compiled(path, threads))
+
+
+def load() -> ModuleType:
+    """`import openvino` without its telemetry, which otherwise reports every import. Raises MissingExtra."""
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    before = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # "not installed": OpenVINO then takes its own empty stand-in
+    try:
+        return need("openvino", "run models in OpenVINO")
+    finally:
+        del sys.modules[TELEMETRY]
+        if before is not None:
+            sys.modules[TELEMETRY] = before
+
+
+def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
+    """The model on the CPU: answers of one request at a time, in the precision that the file says.
+
+    Nothing is cached on disk. profile: keep the time of every kernel. Raises EngineError, MissingExtra.
+    """
+    core = load().Core()
+    if not Path(path).is_file():
+        raise EngineError(f"an ONNX file at {path}", "no such file", "export the model again")
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",  # or bf16 is taken where the CPU has it
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # or inputs of packed weights are rounded to int8
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # a pinned model would fight with its neighbours for the same core
+        "CACHE_DIR": "",
+        "PERF_COUNT": profile,
+    }
+    try:
+        return core.compile_model(core.read_model(str(path)), "CPU", options)
+    except Exception as error:  # OpenVINO's errors are RuntimeError and its children
+        raise EngineError(
+            f"an ONNX file that OpenVINO {load().__version__.partition('-')[0]} runs at {path}",
+            f"'{_reason(error)}'",
+            "use engine onnxruntime, which runs all that Flyweight exports, or torch",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The line of OpenVINO's report that says what is wrong; the others say where in its source that was noticed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    missing = [line.removeprefix("-- ") for line in lines if line.startswith("-- No conversion rule")]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
+    return (missing or said or lines or [type(error).__name__])[0][:300]
+
+
+class _Predictor:
+    def __init__(self, model: Any) -> None:
+        self._request: Any = model.create_infer_request()
+        self._inputs = tuple(value.get_any_name() for value in model.inputs)
+
+    def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        """Raises EngineError when an input is missing or the model cannot take the arrays."""
+        if self._request is None:
+            raise EngineError("an open model", "a closed one", "open it again")
+        missing = [name for name in self._inputs if name not in arrays]
+        if missing:
+            raise EngineError(f"the inputs {', '.join(self._inputs)}", f"none called {', '.join(missing)}")
+        try:
+            found = self._request.infer({name: np.ascontiguousarray(arrays[name]) for name in self._inputs})[0]
+        except Exception as error:
+            raise EngineError(
+                "arrays that the model can take", f"'{_reason(error)}'", "check ids and lengths"
+            ) from None
+        answer: NDArray[np.float32] = np.array(found)  # the request's own memory is written anew by the next run
+        return answer
+
+    def close(self) -> None:
+        self._request = None

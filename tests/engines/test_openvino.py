@@ -1,0 +1,182 @@
+"""OpenVINO on our ONNX files: the same answers, in the precision that the file says, and not a word to anybody."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+import tiny as families
+from engine_cases import LABELS, arrays_of, bundle_of, quantize, torch_answers
+from flyweight import extras
+from flyweight.artifact import Engine, Manifest, write_manifest
+from flyweight.engines import onnxruntime, openvino
+from flyweight.errors import EngineError, MissingExtra
+from flyweight.methods.quantize.grid import Grid
+from flyweight.parity import relative_errors
+
+Tiny = Callable[..., Path]
+pytestmark = pytest.mark.skipif(openvino.available() is not None, reason=f"{openvino.available()}")
+
+CASES: dict[str, Any] = {
+    "fp32": None,
+    "int8-dynamic": (Grid(8), "dynamic"),
+    "weights-only-8": (Grid(8), "none"),
+    "weights-only-4-groups": (Grid(4, "asymmetric", "group", 8), "none", Grid(4)),
+    "binary": (Grid(1, "binary"), "dynamic", Grid(2, "asymmetric")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", families.ENCODERS)
+def test_it_answers_as_onnxruntime(tiny: Tiny, tmp_path: Path, family: str, case: str) -> None:
+    """Rounded to bf16, or with inputs rounded to int8 in groups, fp32 and weights-only would be off by a percent and more."""
+    bundle = bundle_of(tiny(family, labels=LABELS))
+    if CASES[case]:
+        quantize(bundle, *CASES[case])
+    path = tmp_path / onnxruntime.export(bundle, tmp_path).file
+    arrays = arrays_of(bundle)
+    wanted, found = (
+        np.concatenate([one.run(batch) for batch in arrays])
+        for one in (onnxruntime.open_file(path), openvino.open_file(path))
+    )
+    errors = relative_errors(found, wanted)
+    if bundle.activations == "dynamic":  # a last bit may move an input over a rounding edge
+        assert np.median(errors) < 0.01
+    else:
+        assert errors.max() < 5e-5
+        if case == "fp32":
+            direct = np.concatenate([torch_answers(bundle, batch) for batch in arrays])
+            assert relative_errors(found, direct).max() < 5e-5
+
+
+def test_its_settings_are_those_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = bundle_of(tiny("bert", labels=LABELS))
+    model = openvino.compiled(tmp_path / onnxruntime.export(bundle, tmp_path).file, threads=2)
+    told = {name: str(model.get_property(name)) for name in ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")}
+    assert told == {"INFERENCE_PRECISION_HINT": "<Type: 'float32'>", "PERFORMANCE_HINT": "LATENCY"}
+    assert model.get_property("INFERENCE_NUM_THREADS") == 2
+    assert model.get_property("NUM_STREAMS") == 1
+    assert model.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+
+
+def test_an_answer_is_not_overwritten_by_the_next(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = bundle_of(tiny("bert", labels=LABELS))
+    predictor = openvino.open_file(tmp_path / onnxruntime.export(bundle, tmp_path).file)
+    first, *_, last = arrays_of(bundle)
+    before = predictor.run(first)
+    kept = before.copy()
+    predictor.run(last)
+    np.testing.assert_array_equal(before, kept)
+    np.testing.assert_array_equal(predictor.run(first), kept)
+
+
+def test_nothing_is_reported_and_nothing_written(tiny: Tiny, tmp_path: Path) -> None:
+    """In a fresh process with a home of its own and without the variables that silence the telemetry of test machines."""
+    bundle = bundle_of(tiny("bert", labels=LABELS))
+    path = tmp_path / "model" / onnxruntime.export(bundle, tmp_path / "model").file
+    home = tmp_path / "home"
+    home.mkdir()
+    code = f"""
+import socket, sys
+def refuse(*_): raise AssertionError("a connection")
+socket.socket.connect = refuse
+import numpy as np
+from pathlib import Path
+from flyweight.engines import openvino
+ids = np.array([[5, 6, 7]])
+arrays = dict(input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=np.zeros_like(ids))
+print(openvino.open_file(Path({str(path)!r})).run(arrays).shape)
+print([name for name in sys.modules if name.startswith("openvino_telemetry")])
+"""
+    silent = {"CI", "TF_BUILD", "JENKINS_URL"}
+    environment = {key: value for key, value in os.environ.items() if key not in silent}
+    environment |= {"HOME": str(home), "USERPROFILE": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=home)
+    assert done.stdout.splitlines() == ["(1, 2)", "[]"], done.stderr
+    assert list(home.iterdir()) == []
+
+
+def artifact_of(bundle: Any, folder: Path, *names: str) -> Path:
+    entry = onnxruntime.export(bundle, folder)
+    manifest = Manifest(
+        flyweight="0", created="2026-11-01T00:00:00Z", task="text-classification", family="bert",
+        inputs=bundle.family.inputs, pad_token_id=0, max_length=64, origin="", engines=dict.fromkeys(names, entry),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("onnxruntime",), ("openvino",), ("onnxruntime", "openvino")])
+def test_open_takes_its_own_entry_or_the_shared_file(tiny: Tiny, tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = artifact_of(bundle_of(tiny("bert", labels=LABELS)), tmp_path, *names)
+    ids = np.array([[5, 6, 7]])
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    predictor = openvino.open(folder, threads=2)
+    assert predictor.run(arrays).shape == (1, 2)
+    assert predictor.run(arrays).dtype == np.float32
+    with pytest.raises(EngineError, match="none called attention_mask"):
+        predictor.run({"input_ids": ids})
+    with pytest.raises(EngineError, match="expected arrays that the model can take"):
+        predictor.run(arrays | {"attention_mask": np.ones((1, 4), np.int64)})
+    predictor.close()
+    predictor.close()
+    with pytest.raises(EngineError, match="a closed one"):
+        predictor.run(arrays)
+
+
+def test_no_file_for_it(tiny: Tiny, tmp_path: Path) -> None:
+    folder = artifact_of(bundle_of(tiny("bert", labels=LABELS)), tmp_path)
+    with pytest.raises(EngineError, match="expected an ONNX file in .*, got no engine's file; use engine torch"):
+        openvino.open(folder)
+    engines = {"openvino": Engine(file="onnx/gone.onnx", inputs=(), outputs=(), precision="fp32", parity=0.0)}
+    manifest = Manifest(
+        flyweight="0", created="", task="text-classification", family="bert", inputs=(), pad_token_id=0, max_length=64,
+        origin="", engines=engines,
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    with pytest.raises(EngineError, match="expected an ONNX file at .*gone.onnx, got no such file"):
+        openvino.open(folder)
+
+
+def test_what_it_lacks_is_said_with_the_engine_that_has_it(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    node = helper.make_node("BiasDropoutOfNobody", ["x"], ["y"], domain="com.microsoft")
+    graph = helper.make_graph([node], "g", [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    )
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError) as error:
+        openvino.open_file(tmp_path / "model.onnx")
+    line = str(error.value)
+    assert "BiasDropoutOfNobody" in line
+    assert "use engine onnxruntime" in line
+    assert "\n" not in line
+
+
+def test_a_damaged_file_is_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / onnxruntime.export(bundle_of(tiny("bert", labels=LABELS)), tmp_path).file
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(
+        EngineError, match="expected an ONNX file that OpenVINO .* runs at .*model.onnx, got '.+'"
+    ) as error:
+        openvino.open_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extras, "have", lambda module: False)
+    monkeypatch.setattr(openvino, "have", lambda module: False)
+    for name in [name for name in sys.modules if name == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert openvino.available() == 'openvino is not installed; run: pip install "flyweight[openvino]"'
+    with pytest.raises(MissingExtra, match=r"pip install \"flyweight\[openvino\]\""):
+        openvino.open_file(tmp_path / "model.onnx")
