@@ -67,10 +67,10 @@ def scales_of(
     if grid.scheme == "symmetric":
         top = parts.abs().amax(1, keepdim=True) * share
         return _nonzero(top / limits(grid)[1]).reshape(shape), None
-    top = limits(grid)[1]
+    points = limits(grid)[1]
     low, high = parts.amin(1, keepdim=True).clamp(max=0) * share, parts.amax(1, keepdim=True).clamp(min=0) * share
-    scale = _nonzero((high - low) / top)
-    return scale.reshape(shape), (-low / scale).round().clamp(0, top).reshape(shape).to(torch.uint8)
+    scale = _nonzero((high - low) / points)
+    return scale.reshape(shape), (-low / scale).round().clamp(0, points).reshape(shape).to(torch.uint8)
 
 
 def codes_at(
