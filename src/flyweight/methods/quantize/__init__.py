@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flyweight.errors import StepError
+from flyweight.methods.quantize.gptq import gptq
 from flyweight.methods.quantize.mixed import choose_bits
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 
@@ -55,6 +56,7 @@ def round_to_nearest(work: Work) -> None:
 
 METHODS: dict[str, Callable[[Work], None]] = {
     "nearest": round_to_nearest,
+    "gptq": gptq,
 }
 """Each puts codes for all of `work.of("block")`."""
 
