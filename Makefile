@@ -8,6 +8,7 @@ SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN    := $(VENV)/$(SCRIPTS)/python
 BENCHRUN := $(BENCH)/$(SCRIPTS)/python
 TABLE  ?= main
+ROWS   ?=
 PIP    := -m pip --disable-pip-version-check --no-input install -q
 
 .PHONY: demo test slow lint bench docs clean
@@ -26,9 +27,9 @@ lint: $(VENV)/.installed      ## format, lint, types
 	$(RUN) -m ruff check --no-cache .
 	$(RUN) -m mypy
 
-bench: $(BENCH)/.installed    ## a table of figures; TABLE=main
-	$(BENCHRUN) -m benchmarks run $(TABLE)
-	$(BENCHRUN) -m benchmarks table $(TABLE)
+bench: $(BENCH)/.installed    ## a table of figures; TABLE=main, ROWS=all but those on request (`python -m benchmarks list`)
+	$(if $(findstring mpnet,$(ROWS)),$(BENCHRUN) $(PIP) -c constraints.txt -e ".[mpnet]")
+	$(BENCHRUN) -m benchmarks run $(TABLE) $(if $(ROWS),--rows '$(ROWS)')
 
 docs: $(VENV)/.installed      ## write the generated pages again
 	$(RUN) -m docs.generate

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import peers, reviews, sanity
+from benchmarks.latency import interleaved
 from benchmarks.quality import accuracy
-from benchmarks.runner import Job, Result, Row, Table, load
+from benchmarks.runner import Job, Result, Row, Table
 from flyweight import api, artifact
 from flyweight.data import Examples
 from flyweight.engines import onnxruntime
 from flyweight.engines.engine import Predictor, engine_named
-from flyweight.measure.latency import Point, Timing, latency_figures, latency_ratio, time_calls
 from flyweight.measure.quality import answers
 from flyweight.measure.size import disk
 from flyweight.recipe import read_recipe
@@ -26,8 +26,6 @@ from flyweight.tokenization import open_encoder
 
 REFERENCE = "torch-fp32"
 TASK = "text-classification"
-POINTS = (Point(1, 32), Point(1, 128), Point(32, 128))
-TIMING = Timing(rounds=60, limit_s=240.0)
 QUICK = MeasureSettings(
     rounds=3, batches=(1,), lengths=(128,), leave_out=("memory", "energy")
 )  # the latency row measures
@@ -125,25 +123,10 @@ def open_artifact(job: Job) -> Predictor:
 
 
 def run_latency(job: Job) -> Result:
-    """All candidates that were run, in turn within each round; finished shapes are kept, so that a stopped row goes on."""
-    timed = [row for row in TABLE.rows if row.open is not None and load(TABLE.name, row.name) is not None]
+    """All candidates that were run; see `latency.interleaved`."""
     manifest = artifact.read_manifest(reference(job))
     vocabulary = open_encoder(reference(job), 0, manifest.max_length).tokenizer.get_vocab_size()
-    opened = {row.name: row.open(job._replace(row=row.name, work=job.near(row.name))) for row in timed if row.open}
-    taken = {}
-    for point in POINTS:
-        kept = job.work / f"{point}-{len(timed)}.npz"
-        if not kept.is_file():
-            samples = time_calls(opened, [point], vocabulary, TIMING, seed=job.seed)[point]
-            np.savez(kept, **samples)
-        with np.load(kept) as found:
-            taken[point] = {name: found[name] for name in opened}
-    figures = {}
-    for name in opened:
-        figures |= {f"{name}:{key}": value for key, value in latency_figures(taken, name, threads=1).items()}
-        for point in POINTS:
-            figures[f"{name}:speedup@{point}"] = latency_ratio(taken[point][name], taken[point][REFERENCE])
-    return Result(figures)
+    return interleaved(job, TABLE.rows, {"speedup": REFERENCE}, vocabulary)
 
 
 NEEDS = (REFERENCE,)

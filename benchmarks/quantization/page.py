@@ -1,0 +1,137 @@
+"""The table of quantization as Markdown: aims first, then what they rest on, then what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks import sanity
+from benchmarks.quality import METRIC
+from benchmarks.quantization import aims, classes, vectors
+from benchmarks.quantization.found import Found
+from benchmarks.quantization.models import MINILM, MPNET, Model
+from benchmarks.quantization.variants import LADDER
+from benchmarks.runner import Row, Table, failure, load
+from benchmarks.table import DASH, footer, interval, line
+from flyweight.artifact import Measurement
+
+VECTORS = (
+    "",
+    "MB",
+    "mean cosine",
+    "1st percentile",
+    "x torch, 1x32",
+    "x torch, 1x128",
+    "x torch, 32x128",
+    "x ort int8, 1x128",
+    "ms at 1x128",
+    "s to make",
+    "peak MB to make",
+)
+CLASSES = ("", "MB", "accuracy", "difference, points", "seeds", "s to make", "peak MB to make")
+
+
+def markdown(table: Table) -> str:
+    found = Found.of(table)
+    parts = [f"# {table.title}", "", table.about, "", "### Aims", "", *_aims(found)]
+    for model in (MINILM, MPNET):
+        parts += [f"### {model.title}: sentence vectors", "", *_vectors(table, found, model)]
+        parts += [f"### {model.title}: 3 bits, groups of 128, no training", "", *_ladder(found, model)]
+        parts += [f"### {model.title}: Rotten Tomatoes", "", *_classes(table, found, model)]
+    parts += [*_notes(table, found), *footer(table, found.rows)]
+    return "\n".join(parts) + "\n"
+
+
+def _head(columns: tuple[str, ...], left: int = 1) -> list[str]:
+    return [line(columns), line(["---"] * left + ["--:"] * (len(columns) - left))]
+
+
+def _aims(found: Found) -> Iterator[str]:
+    yield from _head(("what", "aim", "figure", ""), 2)
+    for aim in aims.lines(found):
+        yield line((aim.what, aim.aim, aim.figure, aim.verdict))
+    yield ""
+
+
+def _show(figure: Measurement | None, form: str, scale: float = 1.0, bounds: bool = True) -> str:
+    if figure is None:
+        return DASH
+    return interval(figure.model_dump(exclude=None if bounds else {"low", "high"}), form, scale)
+
+
+def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
+    yield from _head(VECTORS)
+    times = f"{model.key}-latency"
+    for row in (row for row in vectors.rows(model) if row.name != times):
+        made = [found.figure(row.name, key) for key in ("quantize.seconds", "quantize.peak_bytes")]
+        yield line(
+            (
+                _called(table, row),
+                _show(found.figure(row.name, "bytes"), "{:.1f}", 1e-6),
+                _show(found.figure(row.name, "quality.cosine"), "{:.5f}"),
+                _show(found.figure(row.name, "quality.cosine_p1"), "{:.4f}"),
+                *(
+                    _show(found.figure(times, f"{row.name}:speedup@{point}"), "{:.2f}")
+                    for point in ("1x32", "1x128", "32x128")
+                ),
+                _show(found.figure(times, f"{row.name}:vs_onnxruntime_int8@1x128"), "{:.2f}"),
+                _show(found.figure(times, f"{row.name}:latency_ms.p50@1x128"), "{:.3g}"),
+                _show(made[0], "{:.0f}"),
+                _show(made[1], "{:.0f}", 1e-6),
+            )
+        )
+    yield ""
+
+
+def _called(table: Table, row: Row) -> str:
+    """The row, and a word where it gave nothing; why stands below."""
+    if load(table.name, row.name) is not None:
+        return row.summary
+    return f"{row.summary} ({'failed' if failure(table.name, row.name) else 'not run'})"
+
+
+def _ladder(found: Found, model: Model) -> Iterator[str]:
+    yield from _head(("", "1 - mean cosine", "minus that of the line above", "points lost"))
+    above = None
+    for method in reversed(("reconstruct", "gptq", "awq", "hqq", "nearest")):
+        row = f"{model.key}-3bit-{method}"
+        figure = aims.error(found, model, method)
+        step = None if above is None else found.paired(above, row)
+        points = aims.lost(found, model, method)
+        yield line((LADDER[method], *map(_error, (figure, step)), _show(points, "{:+.2f}")))
+        above = row if figure is not None else above
+    yield ""
+
+
+def _error(figure: Measurement | None) -> str:
+    return _show(figure, "{:.5f}")
+
+
+def _classes(table: Table, found: Found, model: Model) -> Iterator[str]:
+    yield from _head(CLASSES)
+    keys = {"fp32": "fine-tuned, torch fp32", **{key: summary for key, (summary, *_) in classes.PEERS.items()}}
+    keys |= {variant.key: f"**Flyweight**, {variant.summary}" for variant in classes.variants(model)}
+    for key, summary in keys.items():
+        seeds = found.seeds(model, key)
+        first = classes.row_name(model, key, seeds[0]) if seeds else ""
+        failed = [failure(table.name, classes.row_name(model, key, seed)) for seed in classes.SEEDS]
+        missing = "" if seeds else " (failed)" if any(failed) else " (not run)"
+        drop = None if key == "fp32" else found.drop(model, key)
+        cells = [f"{summary}{missing}", _show(found.figure(first, "bytes"), "{:.1f}", 1e-6)]
+        cells += [_show(found.accuracy(model, key), "{:.1f}", 100), _show(drop, "{:+.2f}", 100)]
+        cells += [", ".join(map(str, seeds)) or DASH, _show(found.figure(first, "quantize.seconds"), "{:.0f}")]
+        yield line((*cells, _show(found.figure(first, "quantize.peak_bytes"), "{:.0f}", 1e-6)))
+    for row in sanity.ROWS:
+        figure = found.figure(row.name, METRIC)
+        drop = found.beside(row.name, model)
+        yield line((_called(table, row), DASH, _show(figure, "{:.1f}", 100), _show(drop, "{:+.2f}", 100), *[DASH] * 3))
+    yield ""
+
+
+def _notes(table: Table, found: Found) -> Iterator[str]:
+    failed = [(row.name, why) for row in table.rows if (why := failure(table.name, row.name)) is not None]
+    notes = [note for record in found.rows.values() for note in record.get("notes", ())]
+    if failed or notes:
+        yield from ("### What failed", "")
+        yield from (f"- `{name}`: {why}" for name, why in failed)
+        yield from (f"- {note}" for note in notes)
+        yield ""
