@@ -37,6 +37,7 @@ __all__ = [
     "QuantizedTensor",
     "StepRecord",
     "Verdict",
+    "engine_entry",
     "is_artifact",
     "read_manifest",
     "verify",
@@ -146,12 +147,8 @@ class Engine(_Part):
 
 
 class KernelRun(_Part):
-    """What one linear ran in.
-
-    kernel:    the engine's name of it; several where a part of the channels is multiplied apart
-    precision: of the arithmetic: "int8", "fp32", "int8 + fp32"
-    share:     of the time of one run
-    """
+    """What one linear ran in: the engine's names (several where a part of the channels is multiplied apart), the type of the
+    arithmetic ("int8", "fp32", "int8 + fp32"), and its share of the time of one run."""
 
     kernel: str
     precision: str
@@ -159,7 +156,7 @@ class KernelRun(_Part):
 
 
 class KernelTotal(_Part):
-    """All nodes that ran in one kernel, and their share of the time of one run."""
+    """All nodes that ran in one kernel, and their share of the time."""
 
     kernel: str
     precision: str
@@ -181,8 +178,8 @@ class KernelReport(_Part):
 class Manifest(_Part):
     """flyweight.json.
 
-    measurements: {"result" | "reference_torch" | "reference_onnxruntime": {key: Measurement}}; keys with a point
-    are parts, as in `latency_ms.p50@1x128` (batch x length) and `quality.accuracy`.
+    measurements: {"result" | "reference_torch" | "reference_onnxruntime" | "result_openvino" | ...: {key: Measurement}};
+    keys with a point are parts, as in `latency_ms.p50@1x128` (batch x length) and `quality.accuracy`.
     """
 
     format: int = FORMAT
@@ -213,6 +210,15 @@ class Manifest(_Part):
     measurements: dict[str, dict[str, Measurement]] = {}
     verdict: Verdict | None = None
     files: dict[str, FileEntry] = Field(default={})
+
+
+SHARED_FILE = {"openvino": "onnxruntime"}
+"""Engines that read the file of another one."""
+
+
+def engine_entry(manifest: Manifest, engine: str) -> Engine | None:
+    """The engine's own entry, or that of the engine whose file it reads as well."""
+    return manifest.engines.get(engine) or manifest.engines.get(SHARED_FILE.get(engine, ""))
 
 
 def is_artifact(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flyweight.artifact import is_artifact
+from flyweight.artifact import is_artifact, read_manifest
 from flyweight.job import guess_task
 from flyweight.measure.size import part_parameters
 from flyweight.measure.static import static_figures
@@ -22,6 +22,13 @@ def open_bundle(source: str, data: DataSettings | None = None, revision: str | N
     data = data or DataSettings()
     folder = resolve(source, revision)
     return load(str(folder), task_named(guess_task(folder)), max_length=data.max_length, truncate=data.truncate)
+
+
+def kernels(model: str, revision: str | None = None) -> dict[str, Any]:
+    """What the engines ran of an artifact, by its own manifest; empty for any other model."""
+    folder = resolve(model, revision)
+    found = read_manifest(folder).kernels if is_artifact(folder) else {}
+    return {name: report.model_dump() for name, report in found.items()}
 
 
 def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def inspect(model: str, revision: str | None = None, length: int = 128) -> dict[
         "parameters": parts,
         "figures": {key: figure.model_dump() for key, figure in static_figures(bundle, length).items()},
         "quantized": {name: codes.info.bits for name, codes in bundle.quantized.items()},
+        "kernels": kernels(model, revision),
         "possible": {
             "prune heads and neurons": f"{inside / total:.0%} of the weights stand in attention and MLP",
             "prune layers": f"{layers} layers, {inside / max(1, layers) / total:.1%} of the weights each",

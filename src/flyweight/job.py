@@ -13,7 +13,8 @@ from flyweight import artifact
 from flyweight.cache import Cache
 from flyweight.context import NoProgress, Progress
 from flyweight.data import Examples
-from flyweight.errors import ModelError, SettingsError
+from flyweight.engines.engine import engine_named
+from flyweight.errors import EngineError, ModelError, SettingsError
 from flyweight.methods.distill.student import kept_layers
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
@@ -90,6 +91,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     if recipe.model is None:
         raise SettingsError("a model", "none", "name a Hugging Face folder, an artifact or a hub id")
     check_order(recipe.steps)
+    check_engines(recipe)
     source = resolve(recipe.model, recipe.revision)
     task = task_named(recipe.task or guess_task(source))
     check_data(recipe, task)
@@ -113,6 +115,13 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     texts = {path: read_unlabelled(path, data, task, bundle.encoder) for path in unlabelled_files(recipe)}
     keys = prefix_keys(recipe, task, bundle, splits, texts, source)
     return Job(recipe, task, bundle, splits, keys, cache, progress, texts)
+
+
+def check_engines(recipe: Recipe) -> None:
+    """Engines that are asked for are installed. Raises EngineError."""
+    for name in recipe.measure.engines:
+        if reason := engine_named(name).available():
+            raise EngineError(f"the engine {name}", reason, "or leave it out of measure.engines (--engines)")
 
 
 def unlabelled_files(recipe: Recipe) -> set[Path]:

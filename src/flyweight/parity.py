@@ -38,23 +38,24 @@ FLIPS_SHARE = 1.5
 Answers = NDArray[np.float32]
 
 
-def check(bundle: Bundle, folder: Path, engine: Engine, arrays: Sequence[Arrays]) -> float:
+def check(bundle: Bundle, folder: Path, engine: Engine, arrays: Sequence[Arrays], runner: str = "onnxruntime") -> float:
     """Largest error over the examples of `arrays` (batches as the engine takes them, of several lengths).
 
+    runner: what runs the file, "onnxruntime" or "openvino".
     Raises ExportError with the numbers when the tolerance of `engine.precision` is exceeded.
     """
     if not arrays:
         raise ExportError("at least one batch to compare the engine with torch on", "none")
     path = Path(folder) / engine.file
     torch_answers = _torch(bundle, arrays)
-    errors = relative_errors(_file(path, arrays), torch_answers)
+    errors = relative_errors(_file(path, arrays, runner), torch_answers)
     if engine.precision != "int8-dynamic":
         _hold(errors.max(), EXACT, f"largest error of {engine.file}")
         return float(errors.max())
     floats = _torch(replace(bundle, activations="none"), arrays)
     with tempfile.TemporaryDirectory() as temporary:
         _hold(
-            relative_errors(_file(_twin(path, Path(temporary)), arrays), floats).max(),
+            relative_errors(_file(_twin(path, Path(temporary)), arrays, runner), floats).max(),
             EXACT,
             f"largest error of {engine.file} without integer arithmetic",
         )
@@ -88,10 +89,10 @@ def _twin(path: Path, folder: Path) -> Path:
     return folder / "twin.onnx"
 
 
-def _file(path: Path, arrays: Sequence[Arrays]) -> Answers:
-    from flyweight.engines.onnxruntime import open_file
+def _file(path: Path, arrays: Sequence[Arrays], runner: str) -> Answers:
+    from flyweight.engines import onnxruntime, openvino
 
-    return _answers(open_file(path), arrays)
+    return _answers((openvino if runner == "openvino" else onnxruntime).open_file(path), arrays)
 
 
 def _torch(bundle: Bundle, arrays: Sequence[Arrays]) -> Answers:

@@ -31,7 +31,7 @@ from flyweight.settings import TeacherSettings
 from flyweight.steps import step_named
 from flyweight.training import predict
 
-__all__ = ["add_engine", "reopen", "run_steps"]
+__all__ = ["add_engine", "reopen", "run_steps", "share_engines"]
 
 
 def run_steps(job: Job) -> Bundle:
@@ -136,6 +136,16 @@ def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Ma
     engine = onnxruntime.export(bundle, folder)
     worst = check(bundle, folder, engine, real_inputs(job))
     return manifest.model_copy(update={"engines": {"onnxruntime": engine.model_copy(update={"parity": worst})}})
+
+
+def share_engines(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
+    """Hold onnxruntime's file against torch in every further engine that was asked for. Raises ExportError, EngineError."""
+    engines = dict(manifest.engines)
+    for name in job.recipe.measure.engines:
+        job.progress.note(f"checking the file in {name}")
+        entry = engines["onnxruntime"]
+        engines[name] = entry.model_copy(update={"parity": check(bundle, folder, entry, real_inputs(job), name)})
+    return manifest.model_copy(update={"engines": engines})
 
 
 def real_inputs(job: Job, number: int = 32, batch: int = 8) -> list[dict[str, NDArray[np.int64]]]:

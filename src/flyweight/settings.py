@@ -316,6 +316,8 @@ class MeasureSettings(Settings):
     """Assumed power of a busy core, where no energy counter can be read."""
     grams_per_kwh: float = Field(480.0, ge=0)
     """Carbon intensity of the grid in g CO2e per kWh."""
+    engines: tuple[Literal["openvino"], ...] = ()
+    """Further engines that the result is held against torch and measured in, beside onnxruntime."""
     leave_out: tuple[Literal["memory", "energy"], ...] = ()
     """Figures to leave out: each takes some seconds a model."""
     include_samples: bool = False

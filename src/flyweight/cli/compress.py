@@ -150,7 +150,7 @@ def execute(recipe: Recipe, out: Path | None, overwrite: bool, dry_run: bool, js
 def summary(manifest: Any) -> dict[str, Any]:
     """What `--json` tells of an artifact."""
     content: dict[str, Any] = manifest.model_dump(mode="json")
-    names = ("task", "labels", "family", "steps", "environment", "measurements", "verdict")
+    names = ("task", "labels", "family", "steps", "environment", "kernels", "measurements", "verdict")
     return {name: content[name] for name in names}
 
 

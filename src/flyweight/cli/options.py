@@ -28,6 +28,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads of the engine.", min=1, 
 Truncate = Annotated[
     bool, typer.Option("--truncate", metavar="", help="Cut texts that are too long instead of refusing them.")
 ]
-EngineName = Annotated[str, typer.Option(help="What runs the artifact: `onnxruntime` or `torch`.", metavar="ENGINE")]
+EngineName = Annotated[
+    str, typer.Option(help="What runs the artifact: `onnxruntime`, `openvino` or `torch`.", metavar="ENGINE")
+]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout, and nothing else.")]
 Columns = Annotated[DataSettings, Fields(("text", "text_pair", "label", "max_length", "truncate"))]

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from flyweight.cli.flags import Fields
 from flyweight.cli.options import Columns, EngineName, Json, Model, Revision, Threads
 from flyweight.cli.output import bytes_text, print_json, print_table
 from flyweight.cli.progress import working
 from flyweight.extras import need
 from flyweight.settings import MeasureSettings
 
+# one engine runs all that is compared: --engine
+Measured = Annotated[MeasureSettings, Fields(tuple(name for name in MeasureSettings.model_fields if name != "engines"))]
 Labelled = Annotated[Path, typer.Option(help="Labelled examples.", metavar="FILE", show_default=False)]
 
 
@@ -40,6 +43,8 @@ def inspect(
         print_table((f"{stack} block", ">heads", ">neurons"), rows)
     print_table(("part", ">parameters"), [(name, f"{count:,}") for name, count in found["parameters"].items()])
     print_table(("figure", ">value", "unit", "method"), figure_rows(found["figures"]))
+    if ran := [(name, line) for name, report in found["kernels"].items() for line in report["text"]]:
+        print_table(("engine", "what it ran"), ran)
     print_table(("possible", ""), found["possible"].items())
 
 
@@ -68,7 +73,7 @@ def compare(
         list[str], typer.Argument(metavar="PATH", help="Artifacts (or models); the first is the reference.")
     ],
     columns: Columns,
-    measured: MeasureSettings,
+    measured: Measured,
     data: Annotated[
         Path | None, typer.Option(help="Labelled examples, for quality.", metavar="FILE", show_default=False)
     ] = None,

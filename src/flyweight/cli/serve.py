@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flyweight.cli.options import Artifact, Threads
+from flyweight.cli.options import Artifact, EngineName, Threads
 
 
 def serve(
@@ -16,6 +16,7 @@ def serve(
     ),
     port: Annotated[int, typer.Option(help="Port to listen on.", metavar="INT")] = 8080,
     threads: Threads = 1,
+    engine: EngineName = "onnxruntime",
     max_batch: Annotated[int, typer.Option(help="Most inputs in one request.", min=1, metavar="INT")] = 32,
     max_body: Annotated[int, typer.Option(help="Largest request body in bytes.", min=1, metavar="INT")] = 2_000_000,
     max_waiting: Annotated[
@@ -26,4 +27,5 @@ def serve(
     from flyweight.serve.app import Limits
     from flyweight.serve.server import serve as run
 
-    run(path, host, port, threads, Limits(body_bytes=max_body, batch=max_batch, waiting=max_waiting))
+    limits = Limits(body_bytes=max_body, batch=max_batch, waiting=max_waiting)
+    run(path, host, port, threads, limits, engine)

@@ -25,10 +25,9 @@ from flyweight.engines.engine import Arrays, Predictor
 from flyweight.errors import EngineError
 from flyweight.extras import have, need
 
-__all__ = ["available", "compiled", "engine_entry", "load", "open", "open_file"]
+__all__ = ["available", "compiled", "load", "open", "open_file"]
 
-NAME, SHARED = "openvino", "onnxruntime"
-TELEMETRY = "openvino_telemetry"
+NAME, TELEMETRY = "openvino", "openvino_telemetry"
 
 
 def available() -> str | None:
@@ -40,16 +39,12 @@ def open(folder: Path, threads: int = 1) -> Predictor:
 
     Hashes are not checked here: `flyweight.artifact.verify` does that once, before anything is opened.
     """
-    return open_file(Path(folder) / engine_entry(folder).file, threads)
-
-
-def engine_entry(folder: Path) -> artifact.Engine:
-    """What the manifest says of OpenVINO's file; without a word of it, the file of onnxruntime, which it reads as well."""
-    engines = artifact.read_manifest(folder).engines
-    entry = engines.get(NAME) or engines.get(SHARED)
+    manifest = artifact.read_manifest(folder)
+    entry = artifact.engine_entry(manifest, NAME)
     if entry is None:
-        raise EngineError(f"an ONNX file in {folder}", ", ".join(engines) or "no engine's file", "use engine torch")
-    return entry
+        has = ", ".join(manifest.engines) or "no engine's file"
+        raise EngineError(f"an ONNX file in {folder}", has, "use engine torch")
+    return open_file(Path(folder) / entry.file, threads)
 
 
 def open_file(path: Path, threads: int = 1) -> Predictor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flyweight.artifact import MANIFEST, Measurement, is_artifact, read_manifest
+from flyweight.artifact import MANIFEST, Measurement, engine_entry, is_artifact, read_manifest
 from flyweight.errors import ArtifactError
 from flyweight.models.bundle import OPTIONAL
 from flyweight.tokenization import TOKENIZER_FILES
@@ -120,7 +120,7 @@ def disk(folder: Path, engine: str) -> dict[str, Measurement]:
 def _engine_file(folder: Path, engine: str) -> Path:
     name = "model.safetensors" if engine == "torch" else f"{engine}'s file"
     if engine != "torch":
-        entry = read_manifest(folder).engines.get(engine)
+        entry = engine_entry(read_manifest(folder), engine)
         name = entry.file if entry else name
     if not (folder / name).is_file():
         raise ArtifactError(f"{name} in {folder}", "no such file", "export the model to this engine first")

@@ -45,6 +45,7 @@ def card(manifest: Manifest, samples: bool = False) -> str:
         max_length=manifest.max_length,
         labels=json.dumps(manifest.labels, ensure_ascii=False) if manifest.labels else None,
         label_list=", ".join(_code(name) for name in manifest.labels or ()),
+        kernels=[_one_line(line) for report in manifest.kernels.values() for line in report.text],
         limits=limits(manifest),
         origin=manifest.origin,
         samples=samples,

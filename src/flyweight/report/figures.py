@@ -28,6 +28,8 @@ MODELS = {
     "result": "result",
     "reference_torch": "torch fp32",
     "reference_onnxruntime": "onnxruntime fp32",
+    "reference_openvino": "openvino fp32",
+    "result_openvino": "result in openvino",
 }
 ORDER = (
     "quality", "bytes", "artifact_bytes", "parameters", "nonzero_parameters", "flops", "peak_memory_bytes",

@@ -16,6 +16,7 @@ __all__ = ["html"]
 
 OWN_PAGES = ("README.md", "report.html")  # they tell of themselves: their own size and hash cannot stand in them
 NAMED = "result"
+LEAST = 0.005  # of the time of a run: kernels below it are not listed
 
 
 def html(manifest: Manifest, recipe_yaml: str | None = None, samples: Sequence[Sequence[str]] | None = None) -> str:
@@ -37,6 +38,7 @@ def html(manifest: Manifest, recipe_yaml: str | None = None, samples: Sequence[S
         legend=[(number, model_name(name)) for number, name in enumerate(plots.names(figures))],
         steps=steps(manifest),
         rows=rows(figures),
+        kernels=kernels(manifest),
         limits=limits(manifest),
         machine=machine_line(manifest.environment),
         environment=[facts(key, value) for key, value in manifest.environment.items()],
@@ -45,6 +47,23 @@ def html(manifest: Manifest, recipe_yaml: str | None = None, samples: Sequence[S
         samples=samples,
         files=[(name, number(entry.bytes, "B"), entry.sha256) for name, entry in manifest.files.items() if name not in OWN_PAGES],
     )  # fmt: skip
+
+
+def kernels(manifest: Manifest) -> list[dict[str, Any]]:
+    """By engine: sentences, kernels by their share of the time, and what every linear ran in with the bits it is stored in."""
+
+    def stored(name: str) -> str:
+        return str(manifest.quantized[name].bits) if name in manifest.quantized else "32"
+
+    return [
+        {
+            "engine": name,
+            "text": report.text,
+            "totals": [(t.kernel, t.precision, t.nodes, f"{t.share:.1%}") for t in report.totals if t.share >= LEAST],
+            "linears": [(n, stored(n), r.kernel, r.precision, f"{r.share:.1%}") for n, r in report.linears.items()],
+        }
+        for name, report in manifest.kernels.items()
+    ]
 
 
 def tiles(figures: Mapping[str, Mapping[str, Measurement]]) -> list[dict[str, str]]:

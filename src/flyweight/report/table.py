@@ -44,6 +44,7 @@ def table(manifest: Manifest, width: int | None = None, color: bool | None = Non
             f"change: result against {model_name(first)}; latency at batch x tokens"
             + ("; in brackets 95 % intervals, of memory smallest and largest" if wide >= ROOMY else "")
         )
+    lines += [line for report in manifest.kernels.values() for line in report.text]
     if manifest.verdict:
         lines.append(manifest.verdict.text)
     return "\n".join(lines)

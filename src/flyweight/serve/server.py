@@ -22,14 +22,19 @@ DRAIN = 30.0  # seconds that a stop waits for requests in progress
 
 
 def serve(
-    path: Path, host: str = "127.0.0.1", port: int = 8080, threads: int = 1, limits: Limits | None = None
+    path: Path,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    threads: int = 1,
+    limits: Limits | None = None,
+    engine: str = "onnxruntime",
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish those in progress.
 
     Raises SettingsError (port), ArtifactError, EngineError.
     """
     check_address(host, port)
-    service = Service(open_model(path, threads=threads), Path(path).resolve().name, limits or Limits())
+    service = Service(open_model(path, engine, threads), Path(path).resolve().name, limits or Limits())
     try:
         asyncio.run(_run(create_app(service), host, port))
     finally:
