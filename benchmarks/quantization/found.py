@@ -59,11 +59,12 @@ class Found:
         return _mean(self.pooled_scores(model, key, seeds) - self.pooled_scores(model, "fp32", seeds), seeds)
 
     def beside(self, row: str, model: Model) -> Measurement | None:
-        """A row without seeds minus the fp32 model, averaged over its seeds."""
+        """A row without seeds minus the fp32 model, averaged over its seeds; None where they saw other examples (a trial)."""
         scores, seeds = self.scores(row), self.seeds(model, "fp32")
         if scores is None or not seeds:
             return None
-        return _mean(scores - self.pooled_scores(model, "fp32", seeds), seeds)
+        whole = self.pooled_scores(model, "fp32", seeds)
+        return _mean(scores - whole, seeds) if len(whole) == len(scores) else None
 
     def paired(self, row: str, other: str) -> Measurement | None:
         """Mean of the scores of `row` minus those of `other`, sentence by sentence."""

@@ -24,16 +24,19 @@ VECTORS = (
     "x torch, 32x128",
     "x ort int8, 1x128",
     "ms at 1x128",
-    "s to make",
+    "s to make (step alone)",
     "peak MB to make",
 )
-CLASSES = ("", "MB", "accuracy", "difference, points", "seeds", "s to make", "peak MB to make")
+CLASSES = ("", "MB", "accuracy", "difference, points", "seeds", "s to make (step alone)", "peak MB to make")
 
 
 def markdown(table: Table) -> str:
     found = Found.of(table)
     parts = [f"# {table.title}", "", table.about, "", "### Aims", "", *_aims(found)]
     for model in (MINILM, MPNET):
+        if not any(name.startswith(f"{model.key}-") for name in found.rows):
+            parts += [f"### {model.title}", "", f"Not run: `make bench TABLE={table.name} ROWS='{model.key}-*'`.", ""]
+            continue
         parts += [f"### {model.title}: sentence vectors", "", *_vectors(table, found, model)]
         parts += [f"### {model.title}: 3 bits, groups of 128, no training", "", *_ladder(found, model)]
         parts += [f"### {model.title}: Rotten Tomatoes", "", *_classes(table, found, model)]
@@ -62,7 +65,6 @@ def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
     yield from _head(VECTORS)
     times = f"{model.key}-latency"
     for row in (row for row in vectors.rows(model) if row.name != times):
-        made = [found.figure(row.name, key) for key in ("quantize.seconds", "quantize.peak_bytes")]
         yield line(
             (
                 _called(table, row),
@@ -75,11 +77,17 @@ def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
                 ),
                 _show(found.figure(times, f"{row.name}:vs_onnxruntime_int8@1x128"), "{:.2f}"),
                 _show(found.figure(times, f"{row.name}:latency_ms.p50@1x128"), "{:.3g}"),
-                _show(made[0], "{:.0f}"),
-                _show(made[1], "{:.0f}", 1e-6),
+                _seconds(found, row.name),
+                _show(found.figure(row.name, "quantize.peak_bytes"), "{:.0f}", 1e-6),
             )
         )
     yield ""
+
+
+def _seconds(found: Found, row: str) -> str:
+    """`48 (21)`: the whole command, and the step in it."""
+    whole, step = (found.figure(row, f"quantize.{key}") for key in ("seconds", "step_seconds"))
+    return DASH if whole is None or step is None else f"{whole.value:.0f} ({step.value:.0f})"
 
 
 def _called(table: Table, row: Row) -> str:
@@ -118,7 +126,7 @@ def _classes(table: Table, found: Found, model: Model) -> Iterator[str]:
         drop = None if key == "fp32" else found.drop(model, key)
         cells = [f"{summary}{missing}", _show(found.figure(first, "bytes"), "{:.1f}", 1e-6)]
         cells += [_show(found.accuracy(model, key), "{:.1f}", 100), _show(drop, "{:+.2f}", 100)]
-        cells += [", ".join(map(str, seeds)) or DASH, _show(found.figure(first, "quantize.seconds"), "{:.0f}")]
+        cells += [", ".join(map(str, seeds)) or DASH, _seconds(found, first)]
         yield line((*cells, _show(found.figure(first, "quantize.peak_bytes"), "{:.0f}", 1e-6)))
     for row in sanity.ROWS:
         figure = found.figure(row.name, METRIC)

