@@ -147,7 +147,7 @@ def _train(work: Work, lesson: Lesson, fake: Fake, shares: Sequence[int]) -> dic
     hidden = imitation(work.bundle, lesson.teacher, work.settings, work.context.seed)
     for number, (stage, count) in enumerate(zip(stages, shares, strict=True)):
         for target in work.of("block"):
-            grid = target.grid._replace(bits=stage.bits, scheme=stage.scheme)
+            grid = target.grid._replace(bits=min(stage.bits, widest(stage)), scheme=stage.scheme)
             weight, mask = surgery.weight_2d(target.owner), masks[target.parameter]
             fake.weights[target.parameter] = WeightQuantizer.begin(weight, grid, mask)
         targets = [one for one in (first, former) if one is not None]
