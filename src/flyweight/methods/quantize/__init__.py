@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from flyweight.errors import StepError
 from flyweight.methods.quantize.gptq import gptq
 from flyweight.methods.quantize.mixed import choose_bits
+from flyweight.methods.quantize.train import train_aware
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def round_to_nearest(work: Work) -> None:
 METHODS: dict[str, Callable[[Work], None]] = {
     "nearest": round_to_nearest,
     "gptq": gptq,
+    "train": train_aware,
 }
 """Each puts codes for all of `work.of("block")`."""
 
