@@ -31,6 +31,7 @@ from flyweight.calibration import walk
 from flyweight.errors import StepError
 from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.lsq import InputQuantizer, WeightQuantizer, round_input, round_rows
+from flyweight.methods.quantize.work import widest
 from flyweight.models import surgery
 from flyweight.training import evaluating, find_device, placed, predict
 from flyweight.training.distillation import Distillation
