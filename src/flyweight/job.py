@@ -16,6 +16,7 @@ from flyweight.data import Examples
 from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError, ModelError, SettingsError
 from flyweight.methods.distill.student import kept_layers
+from flyweight.methods.quantize.work import widest
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
@@ -253,8 +254,9 @@ def samples(recipe: Recipe) -> int:
 
 
 def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) -> list[str]:
-    """What a quantize step depends on beside model and training data: its texts, and the rule that its gate holds."""
+    """What a quantize step depends on beside model and training data: its texts, the rule that its gate holds, the CPU."""
     rule = [] if settings.gate == "off" else [recipe.accept.model_dump_json()]
+    rule += ["reduced range"] if widest(settings) < settings.bits else []  # `auto` depends on the machine
     if not settings.calibrated or splits.calibration is None:
         return rule
     return [*rule, splits.calibration.content_hash()]

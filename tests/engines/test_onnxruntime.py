@@ -309,11 +309,11 @@ def test_a_cpu_that_saturates_gets_the_exact_kernel(monkeypatch: pytest.MonkeyPa
         def run(self, *_: Any) -> Any:
             return [np.full((4, 16), wrong)]
 
-    engine._saturates.cache_clear()
+    engine.saturates.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "InferenceSession", Session)
         options = engine.session_options(1)
-    engine._saturates.cache_clear()
+    engine.saturates.cache_clear()
     if saturates:
         assert options.get_session_config_entry("session.x64quantprecision") == "1"
     else:

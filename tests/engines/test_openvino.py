@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import tiny as families
 from engine_cases import LABELS, arrays_of, bundle_of, quantize, torch_answers
 from flyweight import extras
-from flyweight.artifact import Engine, Manifest, write_manifest
+from flyweight.artifact import Engine, Manifest, QuantizedTensor, read_manifest, write_manifest
 from flyweight.engines import onnxruntime, openvino
 from flyweight.errors import EngineError, MissingExtra
 from flyweight.methods.quantize.grid import Grid
@@ -176,3 +177,76 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert openvino.available() == 'openvino is not installed; run: pip install "flyweight[openvino]"'
     with pytest.raises(MissingExtra, match=r"pip install \"flyweight\[openvino\]\""):
         openvino.open_file(tmp_path / "model.onnx")
+
+
+def static_file(path: Path, top: int) -> None:
+    """128 inputs of 255 times 128 weights of `top`: on a kernel that adds pairs in 16 bits the largest sums there are."""
+    stored: dict[str, Any] = {
+        "one": np.float32(1), "zero": np.uint8(0), "weight": np.full((128, 128), top, np.int8),
+        "scale": np.ones(128, np.float32), "none": np.zeros(128, np.int8),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["x.uint8"]),
+        helper.make_node("DequantizeLinear", ["x.uint8", "one", "zero"], ["x.rounded"]),
+        helper.make_node("DequantizeLinear", ["weight", "scale", "none"], ["weight.float32"], axis=1),
+        helper.make_node("MatMul", ["x.rounded", "weight.float32"], ["y"]),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [value("x", TensorProto.FLOAT, ["n", 8, 128])], [value("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    path.write_bytes(model.SerializeToString())
+
+
+OLD_CPU = """
+import sys
+from pathlib import Path
+import numpy as np
+from flyweight.engines import openvino
+x = {"x": np.full((1, 8, 128), 255, np.float32)}
+print(openvino.saturates(), *(int(openvino.open_file(Path(f)).run(x).flat[0]) for f in sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x64 has kernels that saturate")
+@pytest.mark.parametrize("saturates", [False, True])
+def test_seven_bits_are_exact_where_eight_saturate(tmp_path: Path, saturates: bool) -> None:
+    """Its kernels for CPUs without VNNI, in a process that is told to take these; the other way this CPU's own."""
+    weights = (127, 63, -64)
+    for top in weights:
+        static_file(tmp_path / f"{top}.onnx", top)
+    environment = {**os.environ, **({"ONEDNN_MAX_CPU_ISA": "AVX2"} if saturates else {})}
+    command = [sys.executable, "-c", OLD_CPU, *(str(tmp_path / f"{top}.onnx") for top in weights)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    told, *found = done.stdout.split()
+    exact = [128 * 255 * top for top in weights]
+    if not saturates and told == "True":
+        pytest.skip("this CPU has no VNNI")
+    assert told == str(saturates)
+    assert [int(number) for number in found[1:]] == exact[1:]
+    assert (int(found[0]) == exact[0]) is not saturates
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_weights_that_would_saturate_are_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    folder = artifact_of(bundle_of(tiny("bert", labels=LABELS)), tmp_path, "onnxruntime")
+    manifest = read_manifest(folder)
+    static = QuantizedTensor(shape=(2, 2), bits=bits, scheme="symmetric", granularity="channel", static=True)
+    table = static.model_copy(update={"bits": 8, "static": False})
+    engines = {"onnxruntime": manifest.engines["onnxruntime"].model_copy(update={"precision": "int8-static"})}
+    write_manifest(folder, manifest.model_copy(update={"quantized": {"a": static, "t": table}, "engines": engines}))
+    monkeypatch.setattr(openvino, "saturates", lambda: False)
+    openvino.open(folder).close()
+    monkeypatch.setattr(openvino, "saturates", lambda: True)
+    if bits == 7:
+        openvino.open(folder).close()
+    else:
+        with pytest.raises(
+            EngineError, match="at most 7 bits, .* got 8 bits; use engine onnxruntime, .*reduce-range on"
+        ):
+            openvino.open(folder)

@@ -18,6 +18,7 @@ def doctor(json: Json = False) -> None:
     report: dict[str, Any] = {
         "machine": machine,
         "int8": int8_outlook(machine["flags"], machine["machine"]),
+        "saturates": saturating(),
         "engines": engines(),
         "extras": extras(),
         "energy": energy(),
@@ -26,19 +27,20 @@ def doctor(json: Json = False) -> None:
     if json:
         print_json(report)
         return
-    print_table(("machine", ""), machine_rows(machine, report["int8"]))
+    print_table(("machine", ""), machine_rows(machine, report["int8"], report["saturates"]))
     print_table(("engine", "state"), [(name, row["reason"] or "ready") for name, row in report["engines"].items()])
     print_table(("extra", "state"), [(name, extra_text(name, row)) for name, row in report["extras"].items()])
     print_table(("elsewhere", ""), [("energy", report["energy"]["text"]), ("cache", cache_text(report["cache"]))])
 
 
-def machine_rows(machine: dict[str, Any], int8: str) -> list[tuple[str, str]]:
+def machine_rows(machine: dict[str, Any], int8: str, saturates: dict[str, bool]) -> list[tuple[str, str]]:
     return [
         ("processor", machine["cpu"]),
         ("cores", f"{machine['cores']} usable"),
         ("memory", bytes_text(machine["memory_bytes"])),
         ("features", " ".join(machine["flags"]) or "the system does not tell"),
         ("int8", int8),
+        ("int8 sums", sums_text(saturates)),
         ("system", f"{machine['system']}, Python {machine['python']}"),
     ]
 
@@ -61,6 +63,25 @@ def int8_outlook(flags: list[str], machine: str) -> str:
         return "dot-product instructions: int8 models should be both smaller and faster"
     known = "no int8 instructions found" if flags else f"unknown: {machine} does not tell its features"
     return f"{known}; measure before you rely on int8"
+
+
+def saturating() -> dict[str, bool]:
+    """By engine that is here: whether its int8 kernel adds pairs of products in 16 bits, found by multiplying."""
+    from flyweight.engines import onnxruntime, openvino
+
+    return {
+        name.__name__.rpartition(".")[2]: name.saturates() for name in (onnxruntime, openvino) if not name.available()
+    }
+
+
+def sums_text(saturates: dict[str, bool]) -> str:
+    wrong = [name for name, saturating in saturates.items() if saturating]
+    if not wrong:
+        return f"exact in {' and '.join(saturates) or 'no engine'}: 8-bit weights need no reduced range"
+    return (
+        f"saturate in {' and '.join(wrong)}: quantize takes 7 bits for linears here (reduce_range: auto); "
+        "8-bit weights made elsewhere run in a slower, exact kernel of onnxruntime, and are refused by openvino"
+    )
 
 
 def engines() -> dict[str, dict[str, str | None]]:

@@ -18,7 +18,7 @@ from flyweight.errors import EngineError
 if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
 
-__all__ = ["available", "export", "open", "open_file", "session_options"]
+__all__ = ["available", "export", "open", "open_file", "saturates", "session_options"]
 
 NAME = "onnxruntime"
 
@@ -71,7 +71,7 @@ def session_options(threads: int) -> Any:
 
     Waiting threads spin within a run (it saves milliseconds with small operators) and stop when it ends, so that an idle
     model burns no CPU and does not disturb another one. Where the fast int8 kernel would be wrong, the exact, slower
-    one is asked for.
+    one is asked for; onnxruntime then takes it for those weights alone that lie outside -64..64.
     """
     import onnxruntime
 
@@ -81,7 +81,7 @@ def session_options(threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if _saturates():
+    if saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors only
     return options
@@ -95,7 +95,7 @@ PROBE = (
 
 
 @functools.cache
-def _saturates() -> bool:
+def saturates() -> bool:
     """Whether this CPU's int8 kernel adds two u8 x s8 products in 16 bits, which is too few (x64 without VNNI).
 
     Found by multiplying the largest numbers, not by the CPU's flags: reading those is different on every system.

@@ -6,12 +6,15 @@ What OpenVINO makes of our files (seen in its runtime graph, version 2026.4):
 - int8-dynamic, int8-token: DynamicQuantizeLinear and MatMulInteger are computed in float, exactly as written: right, not fast.
 - weights only: the packed integers stay packed (8, 4 and 2 bits) and are made float inside a float FullyConnected.
 
+On a CPU without VNNI its int8 products saturate, and it has no exact kernel to ask for: see `saturates`.
+
 Two of its defaults would change answers without a word, and are set here: where a CPU has bf16 it computes fp32 models in
 bf16, and it rounds the inputs of linears with packed weights to int8 (in groups of 32).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +28,7 @@ from flyweight.engines.engine import Arrays, Predictor
 from flyweight.errors import EngineError
 from flyweight.extras import have, need
 
-__all__ = ["available", "compiled", "load", "open", "open_file"]
+__all__ = ["available", "compiled", "load", "open", "open_file", "saturates"]
 
 NAME, TELEMETRY = "openvino", "openvino_telemetry"
 
@@ -37,13 +40,21 @@ def available() -> str | None:
 def open(folder: Path, threads: int = 1) -> Predictor:
     """Load the ONNX file of an artifact. Raises ArtifactError, EngineError, MissingExtra.
 
-    Hashes are not checked here: `flyweight.artifact.verify` does that once, before anything is opened.
+    8-bit weights are refused where its kernels would be wrong (see `saturates`). Hashes are not checked here:
+    `flyweight.artifact.verify` does that once, before anything is opened.
     """
     manifest = artifact.read_manifest(folder)
     entry = artifact.engine_entry(manifest, NAME)
     if entry is None:
         has = ", ".join(manifest.engines) or "no engine's file"
         raise EngineError(f"an ONNX file in {folder}", has, "use engine torch")
+    wide = any(info.static and info.bits == 8 for info in manifest.quantized.values())
+    if entry.precision == "int8-static" and wide and saturates():
+        raise EngineError(
+            "weights of at most 7 bits, as OpenVINO's int8 sums saturate on a CPU without VNNI",
+            "8 bits",
+            "use engine onnxruntime, which has an exact kernel, or quantize with --reduce-range on",
+        )
     return open_file(Path(folder) / entry.file, threads)
 
 
@@ -92,6 +103,26 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
             f"'{_reason(error)}'",
             "use engine onnxruntime, which runs all that Flyweight exports, or torch",
         ) from None
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether OpenVINO's int8 kernel adds two u8 x s8 products in 16 bits here; unlike onnxruntime it has no exact one then.
+
+    Found by multiplying the largest numbers.
+    """
+    openvino = load()
+    from openvino import opset13 as op
+
+    x = op.parameter([4, 16], np.float32)
+    low, high = op.constant(np.float32(0)), op.constant(np.float32(255))
+    rounded = op.fake_quantize(x, low, high, low, high, 256)
+    weight = op.convert(op.constant(np.full((16, 16), 127, np.int8)), "f32")
+    scaled = op.multiply(weight, op.constant(np.ones((1, 16), np.float32)))
+    model = openvino.Model([op.matmul(rounded, scaled, False, False)], [x])
+    compiled_probe = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled_probe(np.full((4, 16), 255, np.float32))[0]
+    return bool((found != 16 * 255 * 127).any())
 
 
 def _reason(error: Exception) -> str:

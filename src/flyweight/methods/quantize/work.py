@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flyweight.engines.onnxruntime import saturates
 from flyweight.errors import StepError, nearest
 from flyweight.methods.quantize.grid import Grid, quantize_weight
 from flyweight.models import surgery
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle, Codes
     from flyweight.settings import QuantizeSettings
 
-__all__ = ["Target", "Work", "stored_bits", "targets_of"]
+__all__ = ["Target", "Work", "stored_bits", "targets_of", "widest"]
 
 HEAD_BITS = 8
+REDUCED_BITS = 7  # 255 x 64 + 255 x 64 = 32640: within 16 bits, as 255 x 127 + 255 x 127 = 64770 is not
+
+
+def widest(settings: QuantizeSettings) -> int:
+    """Bits that linears may have, by `reduce_range`: 7 where integer kernels add pairs of uint8 x int8 products in 16 bits."""
+    if settings.activations == "none" or settings.reduce_range == "off":
+        return 8
+    return REDUCED_BITS if settings.reduce_range == "on" or saturates() else 8
 
 
 class Target(NamedTuple):
@@ -54,6 +63,13 @@ class Work:
     errors: dict[str, float] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if widest(self.settings) < self.settings.bits:
+            self.notes["reduced_range"] = widest(self.settings)
+            self.context.progress.note(
+                "linears take 7 bits, so that no sum saturates on a CPU without VNNI (reduce_range)"
+            )
 
     def of(self, part: str) -> list[Target]:
         return [target for target in self.targets.values() if target.part == part]
@@ -132,11 +148,12 @@ def _candidates(bundle: Bundle, settings: QuantizeSettings) -> Iterator[tuple[st
             yield name, module, Grid(bits, "binary" if bits == 1 else scheme, "channel"), "table"
     linears = surgery.linears(bundle.model, bundle.family)
     for name, module in linears.items():
-        yield name, module, Grid(settings.bits, settings.scheme, settings.granularity, settings.group_size), "block"
+        bits = min(settings.bits, widest(settings))
+        yield name, module, Grid(bits, settings.scheme, settings.granularity, settings.group_size), "block"
     tied = {id(module.weight) for module in tables.values()}
     for name, module in bundle.model.named_modules():
         if isinstance(module, surgery.LINEARS) and name not in linears and id(module.weight) not in tied:
-            yield name, module, Grid(HEAD_BITS, scheme, "channel"), "head"
+            yield name, module, Grid(min(HEAD_BITS, widest(settings)), scheme, "channel"), "head"
 
 
 def _check(target: Target) -> None:
