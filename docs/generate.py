@@ -221,6 +221,10 @@ def benchmark_main() -> str:
     return _results("main").partition("\n\n")[2]  # without its title
 
 
+def benchmark_quantization() -> str:
+    return _results("quantization").partition("\n\n")[2]
+
+
 def _results(table: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{table}.md"
     return path.read_text("utf-8")
@@ -244,6 +248,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "manifest": manifest,
     "matrix": matrix,
     "benchmark-main": benchmark_main,
+    "benchmark-quantization": benchmark_quantization,
 }
 
 if __name__ == "__main__":
