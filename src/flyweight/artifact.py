@@ -135,7 +135,8 @@ class Engine(_Part):
     file:       path inside the artifact
     inputs:     names, each [batch, length] int64
     outputs:    names, in order
-    precision:  "fp32" | "int8-dynamic" | "int8-token" | "int8-static" | "weights-only"
+    precision:  "fp32" | "int8-dynamic" | "int8-token" | "int8-static" | "weights-only" | "weights-only-int8-compute" (the
+                kernel rounds a linear's float input to int8, with a scale for every row and block of inputs)
     parity:     largest relative difference to torch that the export check saw
     """
 

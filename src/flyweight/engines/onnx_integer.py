@@ -28,17 +28,31 @@ from onnx import TensorProto, helper, numpy_helper
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 
-__all__ = ["Draft", "Grid", "grid", "integers", "quantized_embedding", "quantized_linear"]
+__all__ = [
+    "Draft",
+    "Grid",
+    "float_weight",
+    "grid",
+    "integers",
+    "linear_integers",
+    "quantized_embedding",
+    "quantized_linear",
+    "table_bytes",
+]
 
 
 @dataclass
 class Draft:
-    """A graph being written, in execution order. `inputs` of `add` are names; "" leaves an optional one out."""
+    """A graph being written, in execution order. `inputs` of `add` are names; "" leaves an optional one out.
+
+    tables: quantized weights that lookups read; a linear tied to one takes its integers from there
+    """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     outputs: set[str] = field(default_factory=set)
     quantized_inputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
 
     def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
@@ -101,12 +115,12 @@ def integers(codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.int8] | None]:
 def quantized_linear(draft: Draft, x: str, name: str, codes: Codes, dynamic: bool, output: str) -> str:
     """`x @ weight` (without the bias) from `x` [..., in]; with `dynamic` in integers, else through folded float weights."""
     if not dynamic:
-        return draft.add("MatMul", [x, _float_weight(draft, name, codes)], output)
+        return draft.add("MatMul", [x, float_weight(draft, name, codes)], output)
     if codes.info.granularity == "group":
         raise ExportError(
             f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
         )
-    weight, zero, scale = _linear_integers(draft, name, codes)
+    weight, zero, scale = linear_integers(draft, name, codes)
     values, x_scale, x_zero = draft.quantize_input(x)
     inputs = [values, weight, x_zero, *([zero] if zero else [])]
     sums = draft.add("MatMulInteger", inputs, f"{output}.int32")
@@ -114,17 +128,24 @@ def quantized_linear(draft: Draft, x: str, name: str, codes: Codes, dynamic: boo
     return draft.add("Mul", [draft.add("Cast", [sums], f"{output}.float", to=TensorProto.FLOAT), both], output)
 
 
-def _linear_integers(draft: Draft, name: str, codes: Codes) -> tuple[str, str | None, str]:
+def linear_integers(draft: Draft, name: str, codes: Codes) -> tuple[str, str | None, str]:
     """Names of int8 [in, out], zero points [out] or scalar, scales [out] or scalar; written once for a shared weight."""
     values, zero = integers(codes)
     flat = () if codes.info.granularity == "tensor" else (-1,)
-    scale = draft.constant(f"{name}.scale", codes.scale.cpu().numpy().reshape(flat))
-    zero_name = None if zero is None else draft.constant(f"{name}.zero_point", zero.reshape(flat))
+    scale = _part(draft, name, "scale", codes.scale.cpu().numpy().reshape(flat))
+    zero_name = None if zero is None else _part(draft, name, "zero_point", zero.reshape(flat))
     return _unpacked_matrix(draft, name, values.T, codes), zero_name, scale
 
 
+def _part(draft: Draft, name: str, kind: str, array: NDArray[Any]) -> str:
+    """Scales or zero points as a linear reads them; a table of the same name has them in its own shape."""
+    return draft.constant(f"{name}.{'linear.' if name in draft.tables else ''}{kind}", array)
+
+
 def _unpacked_matrix(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
-    """Name of `values` as int8, packed in the file where the grid takes less than 8 bits."""
+    """Name of `values` [in, out] as int8, packed in the file where the grid takes less than 8 bits."""
+    if name in draft.tables:
+        return _turned_table(draft, name, values.T, codes)
     how = grid(codes)
     if how.size == 8:
         return draft.constant(f"{name}.codes", values)
@@ -139,7 +160,27 @@ def _unpacked_matrix(draft: Draft, name: str, values: NDArray[np.int8], codes: C
     return draft.add("Reshape", [flat, draft.shape(*values.shape)], output)
 
 
-def _float_weight(draft: Draft, name: str, codes: Codes) -> str:
+def table_bytes(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
+    """Name of a table's integers [rows, width] as they lie in the file: int8, or packed bytes, every row by itself."""
+    how = grid(codes)
+    return draft.constant(f"{name}.codes", values if how.size == 8 else _pack(values, how))
+
+
+def _turned_table(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
+    """Name of a table's integers as int8 [width, rows], for the linear tied to it; unpacked and turned at load."""
+    output, how, current = f"{name}.turned", grid(codes), table_bytes(draft, name, values, codes)
+    if draft.has(output):
+        return output
+    rows, width = values.shape
+    if how.size < 8:
+        spread = _spread(draft, current, how, f"{output}.int8")
+        current = draft.add("Reshape", [spread, draft.shape(rows, -1)], f"{output}.joined")
+        if width % how.per_byte:
+            current = _cut(draft, current, width, 1, f"{output}.cut")
+    return draft.add("Transpose", [current], output, perm=[1, 0])
+
+
+def float_weight(draft: Draft, name: str, codes: Codes) -> str:
     """Name of the float32 weight [in, out]; everything before it is constant and is folded when the file is loaded."""
     output = f"{name}.float32"
     if draft.has(output):
@@ -153,10 +194,10 @@ def _float_weight(draft: Draft, name: str, codes: Codes) -> str:
         current = draft.add("Reshape", [current, draft.shape(groups, inner // groups, out)], f"{output}.groups")
     current = draft.add("Cast", [current], f"{output}.cast", to=TensorProto.FLOAT)
     if zero is not None:
-        stored = draft.constant(f"{name}.zero_point", zero.T.reshape(layout))
+        stored = _part(draft, name, "zero_point", zero.T.reshape(layout))
         point = draft.add("Cast", [stored], f"{output}.zero", to=TensorProto.FLOAT)
         current = draft.add("Sub", [current, point], f"{output}.centred")
-    scale = draft.constant(f"{name}.scale", codes.scale.cpu().numpy().T.reshape(layout))
+    scale = _part(draft, name, "scale", codes.scale.cpu().numpy().T.reshape(layout))
     if groups == 1:
         return draft.add("Mul", [current, scale], output)
     current = draft.add("Mul", [current, scale], f"{output}.scaled")
@@ -171,8 +212,7 @@ def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output:
     """Rows of a table at `ids` [batch, length] as float32 [batch, length, width]; only these rows are dequantized."""
     values, zero = integers(codes)
     width, how = values.shape[1], grid(codes)
-    stored = draft.constant(f"{name}.codes", values if how.size == 8 else _pack(values, how))
-    current = draft.add("Gather", [stored, ids], f"{output}.rows")
+    current = draft.add("Gather", [table_bytes(draft, name, values, codes), ids], f"{output}.rows")
     if how.size < 8:
         spread = _spread(draft, current, how, f"{output}.int8")  # [batch, length, bytes, per byte]
         current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
