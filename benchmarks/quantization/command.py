@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -47,7 +48,9 @@ class Watched(NamedTuple):
 class Made(BaseModel):
     """What a command took.
 
-    command: as it was typed, without folders; resumed: it went on after a stop, so that its time says nothing
+    command:   as it was typed, without folders
+    estimated: seconds of the step, as `--dry-run` told before
+    resumed:   it went on after a stop, so that its time says nothing
     """
 
     command: str
@@ -55,6 +58,7 @@ class Made(BaseModel):
     peak_bytes: int
     kind: str
     resumed: bool
+    estimated: float
 
     def figures(self, folder: Path) -> dict[str, Measurement]:
         """`quantize.*`; none where the command was stopped and went on."""
@@ -65,6 +69,9 @@ class Made(BaseModel):
         return {
             "quantize.seconds": Measurement(value=self.seconds, unit="s", n=1, method=f"wall clock {what}"),
             "quantize.step_seconds": Measurement(value=steps, unit="s", n=1, method="wall clock of the step alone"),
+            "quantize.estimated_seconds": Measurement(
+                value=self.estimated, unit="s", method="of the step alone, estimated by --dry-run before it ran"
+            ),
             "quantize.peak_bytes": Measurement(
                 value=self.peak_bytes, unit="B", n=1, method=f"peak {self.kind.upper()} {what}, sampled every 50 ms"
             ),
@@ -83,13 +90,26 @@ def made(job: Job, verb: str, model: Path, flags: Sequence[str], files: dict[str
     given = [part for flag, path in files.items() for part in (flag, str(path))]
     shown = [part for flag, path in files.items() for part in (flag, path.name)]
     rest = [*flags, "--seed", str(job.seed)]
-    arguments = [verb, str(model), *given, *rest, *QUICK, "--out", str(out), "--overwrite"]
-    watched = watch([sys.executable, "-m", "flyweight", *arguments], {"FLYWEIGHT_CACHE": str(cache)}, job.work / "log")
+    program, own = (
+        [sys.executable, "-m", "flyweight", verb, str(model), *given, *rest, *QUICK],
+        {"FLYWEIGHT_CACHE": str(cache)},
+    )
+    expected = estimated(program, own, verb)
+    watched = watch([*program, "--out", str(out), "--overwrite"], own, job.work / "log")
     text = shlex.join(["flyweight", verb, name, *shown, *rest])
-    found = Made(command=text, resumed=resumed, **watched._asdict())
+    found = Made(command=text, resumed=resumed, estimated=expected, **watched._asdict())
     record.write_text(found.model_dump_json(), encoding="utf-8")
     shutil.rmtree(cache, ignore_errors=True)  # the reference, once more, in every row
     return found
+
+
+def estimated(program: Sequence[str], environment: dict[str, str], step: str) -> float:
+    """Seconds that `--dry-run` expects the step to take. Raises SystemExit with the command's last line."""
+    command = [*program, "--dry-run", "--json"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit((done.stderr.strip().splitlines() or ["error: expected a plan, got nothing"])[-1])
+    return sum(float(row["seconds"]) for row in json.loads(done.stdout)["steps"] if row["step"] == step)
 
 
 def watch(command: Sequence[str], environment: dict[str, str], log: Path) -> Watched:

