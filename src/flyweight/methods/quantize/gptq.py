@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from flyweight.calibration import Site, calibrate
 from flyweight.errors import StepError
 from flyweight.methods.quantize.grid import Grid, codes_at, limits, units
-from flyweight.methods.quantize.solving import Moments, cut_scales, nearest, note, texts
+from flyweight.methods.quantize.solving import Moments, cut_scales, error, nearest, note, texts
 from flyweight.models.codes import expand
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ class Solver:
         if made.damping > self.work.settings.damping:
             self.work.notes.setdefault("damping", {})[site.name] = made.damping
         for target in targets:
-            before = nearest(self.work, target)
-            self.work.put(target, solved(self.work, target, made)[0])
-            note(self.work, target, gram, before)
+            weight, near = self.work.weight(target), nearest(self.work, target)
+            codes = solved(self.work, target, made)[0]
+            note(self.work, target, error(near, weight, gram), error(codes, weight, gram))
+            self.work.put(target, codes)
 
 
 class Factor(NamedTuple):
@@ -104,9 +105,10 @@ def factor(hessian: Tensor, damping: float, name: str) -> Factor:
     )
 
 
-def solved(work: Work, target: Target, made: Factor) -> tuple[Codes, Tensor]:
-    """(codes of one linear, the corrected weight [out, in] whose rounding they are)."""
-    weight, mask, grid = work.weight(target), work.mask(target), target.grid
+def solved(work: Work, target: Target, made: Factor, weight: Tensor | None = None) -> tuple[Codes, Tensor]:
+    """(codes of one linear, the corrected weight [out, in] whose rounding they are). weight: in place of its own, [out, in]."""
+    weight = work.weight(target) if weight is None else weight
+    mask, grid = work.mask(target), target.grid
     precision = torch.empty_like(made.upper[0]).scatter_(0, made.order, made.upper.diagonal() ** -2)
 
     def cost(difference: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from flyweight.methods.quantize.grid import Grid, codes_at, quantize_weight, sca
 from flyweight.models.codes import dequantize, expand
 
 if TYPE_CHECKING:
-    from flyweight.calibration import Site
+    from flyweight.calibration import Block, Site
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.models.bundle import Codes
 
-__all__ = ["SHARES", "Moments", "cut_scales", "gram_cost", "lost", "nearest", "note", "on_scales", "texts"]
+__all__ = ["SHARES", "Moments", "cut_scales", "error", "gram_cost", "lost", "nearest", "note", "texts"]
 
 SHARES = tuple(1 - step / 20 for step in range(11))
 """Shares of the range that a grid may cover, 1 to 0.5."""
@@ -51,6 +51,19 @@ class Moments:
         self.sizes += inputs.abs().sum(0)
         self.tokens += len(inputs)
 
+    @classmethod
+    def seen(cls, block: Block, site: Site, device: torch.device) -> Moments:
+        """Of all texts, by the block as it stands now."""
+        made = cls.of(site, device)
+        for inputs in block.stream(site):
+            made.add(inputs)
+        return made
+
+    @property
+    def mean_size(self) -> Tensor:
+        """Mean of |x|, [in] float32."""
+        return (self.sizes / max(self.tokens, 1)).float()
+
     def gram(self, name: str) -> Tensor:
         """Mean of x x^T. Raises StepError, naming the layer, where an input was NaN or inf or too large to be squared."""
         if not torch.isfinite(self.total).all():
@@ -70,26 +83,21 @@ def nearest(work: Work, target: Target) -> Codes:
     return quantize_weight(work.weight(target), target.grid, work.mask(target), isinstance(target.owner, Conv1D))
 
 
-def on_scales(work: Work, target: Target, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None) -> Codes:
-    """The target's weight, times `smooth` where given, rounded onto these scales."""
-    weight = work.weight(target) if smooth is None else work.weight(target) * smooth
-    steps = weight / expand(scale, target.grid)
-    return codes_at(steps, target.grid, scale, zero_point, work.mask(target), isinstance(target.owner, Conv1D))
-
-
 def lost(difference: Tensor, gram: Tensor) -> float:
     """Mean over tokens of the squared error of a linear's output: tr(D G D^T); difference: [out, in]."""
     gram = gram.to(difference.dtype)
     return float(((difference @ gram) * difference).sum())
 
 
-def note(work: Work, target: Target, gram: Tensor, before: Codes) -> None:
-    """Put down the relative error of the layer's output, by rounding to nearest and by what was put, on the same inputs."""
-    weight = work.weight(target)
-    whole = max(lost(weight, gram), 1e-30)
-    found = {"nearest": before, "now": work.codes[target.parameter]}
-    errors = {key: (max(lost(dequantize(codes) - weight, gram), 0) / whole) ** 0.5 for key, codes in found.items()}
-    work.notes.setdefault("output_error", {})[target.module] = {key: round(error, 6) for key, error in errors.items()}
+def error(codes: Codes, weight: Tensor, gram: Tensor) -> float:
+    """Relative error of a linear's output: the root of what is lost over what there is."""
+    return float((max(lost(dequantize(codes) - weight, gram), 0) / max(lost(weight, gram), 1e-30)) ** 0.5)
+
+
+def note(work: Work, target: Target, nearest: float, now: float) -> None:
+    """Put down the relative error of the layer's output by rounding to nearest and by what is put, on the same inputs."""
+    found = {"nearest": round(nearest, 6), "now": round(now, 6)}
+    work.notes.setdefault("output_error", {})[target.module] = found
 
 
 Cost = Callable[[Tensor], Tensor]

@@ -1,0 +1,116 @@
+"""Where a factor for every input channel of a site can go at no cost: into what makes these channels.
+
+A norm that feeds these linears and nothing else, as before the sum in LLaMA and GPT-2; the rows of v for the inputs of o, as
+attention mixes tokens and not channels; the rows of up for those of down, where what is between is linear in them (a gated
+MLP) or commutes with a factor above zero (ReLU). After the sum (BERT) a norm also feeds the residual. Whether a pair holds is
+tried on the block itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flyweight.models import surgery
+
+if TYPE_CHECKING:
+    from flyweight.calibration import Block, Site
+    from flyweight.methods.quantize.work import Work
+
+__all__ = ["Source", "fold", "source_of"]
+
+
+class Source(NamedTuple):
+    """What makes a site's inputs: a norm, or the rows of a linear. name: of the module in the model"""
+
+    name: str
+    module: nn.Module
+    rows: slice
+
+
+def source_of(work: Work, block: Block, site: Site) -> Source | None:
+    """What can be divided channel by channel so that the site's inputs are, and nothing else changes; None for nothing."""
+    for source in _candidates(work, block, site):
+        target = work.targets.get(source.name)
+        whole = target is not None and target.grid.granularity == "tensor"  # one scale for rows that would differ
+        if not whole and _holds(block, site, source):
+            return source
+    return None
+
+
+def fold(work: Work, site: Site, source: Source, factors: Tensor) -> None:
+    """Divide the source by `factors` [in] and multiply the columns of all the site's linears, none of them rounded so far."""
+    target = work.targets.get(source.name)
+    codes = work.codes.get(target.parameter) if target is not None else None
+    if target is None or codes is None:
+        _divide(source, factors)
+    else:  # integers stay: what changes is the scale of their rows
+        scale = codes.scale.clone()
+        scale[source.rows] /= factors[:, None].to(scale.device)
+        kept = work.floats[target.parameter]
+        kept[source.rows] /= factors[:, None].to(kept.device)
+        _divide(source, factors, weight=False)
+        work.put(target, replace(codes, scale=scale))
+    with torch.no_grad():
+        for module in site.linears.values():
+            surgery.weight_2d(module).mul_(factors)
+
+
+def _candidates(work: Work, block: Block, site: Site) -> Iterator[Source]:
+    stack = surgery.stacks(work.bundle.model, work.bundle.family)[block.stack]
+    modules = dict(block.module.named_modules())
+    fed = {name.removeprefix(f"{block.name}.") for name in site.linears}
+    found = [
+        (norm, slice(None)) for norm, linears in stack.norms.items() if fed == {n for n in linears if n in modules}
+    ]
+    for attention in stack.attention:
+        if fed == {attention.o}:
+            rows = len(surgery.weight_2d(modules[attention.v]))
+            found.append((attention.v, slice(rows // 3 * 2 if attention.fused else 0, rows)))
+    ups, down = surgery.mlp_linears(block.module, stack)
+    if down in site.linears.values():
+        found += [(name, slice(0, site.width)) for name, module in modules.items() if any(module is up for up in ups)]
+    for name, part in found:
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if module is None or weight is None:
+            continue
+        made = surgery.weight_2d(module)[part] if isinstance(module, surgery.LINEARS) else weight
+        if len(made) == site.width:
+            yield Source(f"{block.name}.{name}", module, part)
+
+
+@torch.no_grad()
+def _holds(block: Block, site: Site, source: Source) -> bool:
+    """Whether dividing the source and multiplying the columns leaves the block's answer as it is."""
+    generator = torch.Generator().manual_seed(0)
+    before = block.run(0)
+    factors = torch.exp(torch.randn(site.width, generator=generator) / 2).to(before)
+    changed = [source.module, *site.linears.values()]
+    saved = [(parameter, parameter.clone()) for module in changed for parameter in module.parameters(recurse=False)]
+    try:
+        _divide(source, factors)
+        divided = block.run(0)
+        for module in site.linears.values():
+            surgery.weight_2d(module).mul_(factors)
+        after = block.run(0)
+    finally:
+        for parameter, value in saved:
+            parameter.copy_(value)
+    return float((after - before).norm()) < 1e-3 * float((divided - before).norm())
+
+
+@torch.no_grad()
+def _divide(source: Source, factors: Tensor, weight: bool = True) -> None:
+    linear = isinstance(source.module, surgery.LINEARS)
+    if weight and linear:
+        surgery.weight_2d(source.module)[source.rows] /= factors[:, None]
+    elif weight:
+        source.module.get_parameter("weight").div_(factors)
+    bias = getattr(source.module, "bias", None)
+    if bias is not None:
+        bias[source.rows] /= factors
