@@ -17,8 +17,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flyweight.errors import StepError
+from flyweight.methods.quantize.awq import awq
 from flyweight.methods.quantize.gptq import gptq
+from flyweight.methods.quantize.hqq import hqq
 from flyweight.methods.quantize.mixed import choose_bits
+from flyweight.methods.quantize.reconstruct import reconstruct
 from flyweight.methods.quantize.train import train_aware
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 
@@ -58,6 +61,9 @@ def round_to_nearest(work: Work) -> None:
 METHODS: dict[str, Callable[[Work], None]] = {
     "nearest": round_to_nearest,
     "gptq": gptq,
+    "awq": awq,
+    "hqq": hqq,
+    "reconstruct": reconstruct,
     "train": train_aware,
 }
 """Each puts codes for all of `work.of("block")`."""
