@@ -21,10 +21,12 @@ from flyweight import parity
 from flyweight.artifact import Manifest, write_manifest
 from flyweight.engines import onnx_export
 from flyweight.engines import onnxruntime as engine
+from flyweight.engines.onnx_nbits import with_level
 from flyweight.engines.onnx_rewrite import put_weights
 from flyweight.errors import EngineError, ExportError
 from flyweight.methods.quantize.grid import Grid, quantize_weight
 from flyweight.models.bundle import Bundle
+from flyweight.models.codes import parameter_value
 from flyweight.models.surgery import keep_heads, keep_layers_of, keep_neurons
 
 Tiny = Callable[..., Path]
@@ -165,8 +167,31 @@ def test_every_dynamic_linear_runs_in_an_integer_kernel(tiny: Tiny, tmp_path: Pa
     assert found["MatMul"] + found["FusedMatMul"] == 2 * 4  # scores and context
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(4, "asymmetric", "group", 8), Grid(1, "binary")], ids=str)
-def test_weights_only_are_made_float_once_when_loaded(tiny: Tiny, tmp_path: Path, grid: Grid) -> None:
+@pytest.mark.parametrize(
+    "grid", [Grid(8), Grid(4, "asymmetric"), Grid(3, "symmetric", "group", 16), Grid(1, "binary")], ids=str
+)
+def test_weights_only_linears_stay_packed_in_memory(tiny: Tiny, tmp_path: Path, grid: Grid) -> None:
+    plain = bundle_of(tiny("bert", labels=LABELS))
+    expected = kinds(optimized(tmp_path / engine.export(plain, tmp_path).file, tmp_path / "plain.onnx"))
+    bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), grid, "none", None)
+    entry = engine.export(bundle, tmp_path)
+    assert entry.precision == ("weights-only-int8-compute" if grid.bits == 8 else "weights-only")
+    model = optimized(tmp_path / entry.file, tmp_path / "optimized.onnx")
+    found = kinds(model)
+    assert found["MatMulNBits"] == len(bundle.quantized)
+    assert found["MatMul"] + found["FusedMatMul"] == 2 * 4  # scores and context
+    for kind in ("Cast", "Sub", "Mul", "Gather", "Reshape", "Expand", "MatMulInteger"):
+        assert found[kind] <= expected[kind], kind
+    widest = max(
+        (t for t in model.graph.initializer), key=lambda t: int(np.prod(t.dims)) * (t.data_type == TensorProto.FLOAT)
+    )
+    assert int(np.prod(widest.dims)) == max(
+        p.numel() for n, p in bundle.model.named_parameters() if n not in bundle.quantized
+    )
+
+
+@pytest.mark.parametrize("grid", [Grid(8, "symmetric", "group", 8), Grid(4, "asymmetric", "group", 8)], ids=str)
+def test_weights_only_that_fit_no_slots_are_made_float_once_when_loaded(tiny: Tiny, tmp_path: Path, grid: Grid) -> None:
     plain = bundle_of(tiny("bert", labels=LABELS))
     expected = kinds(optimized(tmp_path / engine.export(plain, tmp_path).file, tmp_path / "plain.onnx"))
     bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), grid, "none", None)
@@ -228,14 +253,16 @@ def test_weights_beyond_two_gigabytes_go_to_a_file_beside_it(
     parity.check(bundle, tmp_path, entry, arrays_of(bundle))
 
 
-def graph_of(nodes: list[onnx.NodeProto], weight: list[int]) -> onnx.GraphProto:
-    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])]
+def graph_of(nodes: list[onnx.NodeProto], weight: list[int], width: int = 6) -> onnx.GraphProto:
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", width])]
     values.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, weight))
     return helper.make_graph(nodes, "test", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
 
 
 def answer(graph: onnx.GraphProto, x: Any) -> Any:
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    )
     model.ir_version = 8
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
 
@@ -244,8 +271,8 @@ def answer(graph: onnx.GraphProto, x: Any) -> Any:
 @pytest.mark.parametrize("form", ["turned", "as it is", "gemm turned", "gemm"])
 def test_all_ways_to_multiply_by_a_weight(form: str, quantized: bool) -> None:
     torch.manual_seed(0)
-    codes = quantize_weight(torch.randn(4, 6), Grid(8))
-    weight = (codes.codes.numpy().astype(np.float32) - 128) * codes.scale.numpy()  # [out, in]
+    codes = quantize_weight(torch.randn(4, 6), Grid(4))
+    weight = (codes.codes.numpy().astype(np.float32) - 8) * codes.scale.numpy()  # [out, in]
     stored = weight if "turned" in form else np.ascontiguousarray(weight.T)
     if form == "turned":
         turn = helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0])
@@ -256,7 +283,7 @@ def test_all_ways_to_multiply_by_a_weight(form: str, quantized: bool) -> None:
         bias = numpy_helper.from_array(np.arange(4, dtype=np.float32))
         nodes = [helper.make_node("Constant", [], ["b"], value=bias)]
         nodes.append(helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=int("turned" in form)))
-    made = put_weights(graph_of(nodes, list(stored.shape)), {"w": stored}, {"w": codes} if quantized else {}, False)
+    made = put_weights(graph_of(nodes, list(stored.shape)), {"w": stored}, {"w": codes} if quantized else {}, "none")
     x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
     expected = x @ weight.T + (np.arange(4) if "gemm" in form else 0)
     np.testing.assert_allclose(answer(made, x), expected, rtol=1e-5, atol=1e-5)
@@ -277,20 +304,57 @@ def test_a_float_weight_read_both_ways_is_stored_once() -> None:
         helper.make_node("MatMul", ["x", "t"], ["product"]),
         helper.make_node("Add", ["product", "rows"], ["y"]),
     ]
-    made = put_weights(graph_of(nodes, [6, 6]), {"w": weight}, {}, False)
+    made = put_weights(graph_of(nodes, [6, 6]), {"w": weight}, {}, "none")
     x = np.random.default_rng(1).normal(size=(3, 6)).astype(np.float32)
     np.testing.assert_allclose(answer(made, x), x @ weight.T + weight[[0, 2, 4]], rtol=1e-5, atol=1e-5)
     assert sum(len(t.raw_data) for t in made.initializer if t.data_type == TensorProto.FLOAT) == weight.nbytes
-    codes = quantize_weight(torch.from_numpy(weight), Grid(8))
-    with pytest.raises(ExportError, match="expected w either as a table or as a linear, got a quantized weight tied"):
-        put_weights(graph_of(nodes, [6, 6]), {"w": weight}, {"w": codes}, False)
+
+
+@pytest.mark.parametrize("activations", ["none", "dynamic"])
+@pytest.mark.parametrize("size", [6, 32])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *[Grid(8), Grid(8, "asymmetric"), Grid(6), Grid(4), Grid(4, "asymmetric"), Grid(3), Grid(2), Grid(1, "binary")],
+        *[Grid(4, "asymmetric", "group", 2), Grid(3, "asymmetric", "group", 16), Grid(8, "asymmetric", "tensor")],
+    ],
+    ids=str,
+)
+def test_a_quantized_weight_tied_to_both_is_stored_once(grid: Grid, size: int, activations: str) -> None:
+    """A table and the output layer; twice, for several lookups and products may read it."""
+    if grid.granularity == "group" and (activations == "dynamic" or size % (grid.group_size or 1)):
+        pytest.skip("no such form")
+    codes = quantize_weight(
+        torch.from_numpy(np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)), grid
+    )
+    weight = parameter_value(codes).numpy()
+    ids = numpy_helper.from_array(np.array([[0, 2, 4]]))
+    nodes = [
+        helper.make_node("Constant", [], ["ids"], value=ids),
+        helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["product"]),
+        helper.make_node("Gather", ["w", "ids"], ["rows"]),
+        helper.make_node("Add", ["product", "rows"], ["sum"]),
+        helper.make_node("MatMul", ["sum", "t"], ["y"]),
+    ]
+    made = put_weights(graph_of(nodes, [size, size], size), {"w": weight}, {"w": codes}, activations)
+    integers = [t for t in made.initializer if t.data_type in (TensorProto.INT8, TensorProto.UINT8)]
+    large = [t.name for t in integers if not t.name.startswith(("table.", "slots.")) and "zero_point" not in t.name]
+    assert large == ["w.codes"]
+    assert not [t.name for t in made.initializer if t.data_type == TensorProto.FLOAT and t.name == "w"]
+    x = np.random.default_rng(1).normal(size=(3, size)).astype(np.float32)
+    expected = (x @ weight.T + weight[[0, 2, 4]]) @ weight.T
+    for node in [node for node in made.node if node.op_type == "MatMulNBits"]:
+        node.CopyFrom(with_level(node, 0))
+    tolerance = 1e-5 if activations == "none" else 0.03  # int8 inputs
+    assert np.linalg.norm(answer(made, x) - expected) <= tolerance * np.linalg.norm(expected)
 
 
 def test_a_quantized_weight_in_an_unknown_place_is_refused() -> None:
     codes = quantize_weight(torch.randn(4, 6), Grid(8))
     nodes = [helper.make_node("Relu", ["w"], ["y"])]
     with pytest.raises(ExportError, match="expected w read by a lookup or a linear, got Relu"):
-        put_weights(graph_of(nodes, [4, 6]), {"w": np.zeros((4, 6), np.float32)}, {"w": codes}, False)
+        put_weights(graph_of(nodes, [4, 6]), {"w": np.zeros((4, 6), np.float32)}, {"w": codes}, "none")
 
 
 def test_the_probe_of_the_int8_kernel_is_what_it_says() -> None:
