@@ -52,7 +52,7 @@ OTHERS = (
         "mixed",
         "mixed bits, 3.5 a weight, GPTQ",
         f"--bits-per-weight 3.5 --scheme asymmetric --method gptq {GROUPS} {TABLES}",
-        (3, 15),
+        (5, 28),
         True,
     ),
 )
