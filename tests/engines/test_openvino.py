@@ -159,6 +159,14 @@ def test_what_it_lacks_is_said_with_the_engine_that_has_it(tmp_path: Path) -> No
     assert "\n" not in line
 
 
+def test_weights_that_the_graph_unpacks_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), Grid(1, "binary"), "none")
+    path = tmp_path / onnxruntime.export(bundle, tmp_path).file
+    onnxruntime.open_file(path).close()
+    with pytest.raises(EngineError, match="accepting only a constant as a B input'; use engine onnxruntime"):
+        openvino.open_file(path)
+
+
 def test_a_damaged_file_is_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / onnxruntime.export(bundle_of(tiny("bert", labels=LABELS)), tmp_path).file
     path.write_bytes(path.read_bytes()[:5000])

@@ -13,7 +13,7 @@ from flyweight import artifact
 from flyweight.context import Context
 from flyweight.data import Examples
 from flyweight.engines import onnxruntime
-from flyweight.engines.engine import Arrays
+from flyweight.engines.engine import Arrays, engine_named
 from flyweight.golden import TEXTS
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
@@ -100,6 +100,8 @@ CASES = [cell for cell, reason in CELLS.items() if reason is None]
 
 @pytest.mark.parametrize(("family", "step", "engine"), sorted(CASES), ids=lambda value: value.replace(" ", "-"))
 def test_cell(after: Callable[[str, str], Done], family: str, step: str, engine: str) -> None:
+    if reason := engine_named(engine).available():
+        pytest.skip(reason)
     done = after(family, step)
     with open_model(done.folder, engine=engine) as session:
         answers = [session.predictor.run(batch) for batch in done.batches]
@@ -127,4 +129,5 @@ def test_the_table_is_whole() -> None:
     """Every family of the table of families and every step has its cells; every encoder is tested throughout."""
     assert {family for family, _, _ in CELLS} == set(FAMILIES)
     assert {STEPS[step][0] for _, step, _ in CELLS} == set(TABLE)
-    assert all(reason is None for (family, _, _), reason in CELLS.items() if family in ENCODERS)
+    missing = {(step, engine) for (family, step, engine), why in CELLS.items() if family in ENCODERS and why}
+    assert missing == {("quantize binary", "openvino")}

@@ -159,7 +159,7 @@ def _use(bits: int, fast: bool, packed: bool, engine: str) -> str | None:
         )
     if packed:
         return (
-            "stay packed and are unpacked in every run: smaller on disk and in memory. "
+            f"stay packed and are unpacked in every run: {bits}/8 of int8's bytes on disk and in memory. "
             "That pays for one token at a time; for many tokens at once int8 with int8 activations is faster."
         )
     if bits < 7:
