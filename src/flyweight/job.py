@@ -43,6 +43,7 @@ CODE = (
         "artifact.py",
     ),
     *("measure/flops.py", "measure/size.py"),  # figures of an entry
+    *("measure/quality.py", "measure/verdict.py", "runtime.py"),  # what the gate decides by
 )
 LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
 

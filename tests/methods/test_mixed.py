@@ -19,7 +19,7 @@ from flyweight.context import Context
 from flyweight.errors import StepError
 from flyweight.methods.quantize import mixed, quantize
 from flyweight.methods.quantize.grid import quantize_weight
-from flyweight.methods.quantize.mixed import BITS, Choice, allocate, choose_bits, cost, layer_errors
+from flyweight.methods.quantize.mixed import Choice, allocate, choose_bits, cost, layer_errors, widths
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
@@ -28,6 +28,7 @@ from flyweight.tasks import task_named
 from flyweight.training import predict
 
 TASK = task_named("embedding")
+BITS = (2, 3, 4, 8)
 Table = Mapping[str, Sequence[Choice]]
 
 
@@ -190,10 +191,16 @@ def test_a_budget_that_cannot_be_kept(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_more_budget_is_never_worse(tiny: Any, tmp_path: Path) -> None:
-    sums = []
+    sums: list[float] = []
     for budget in (3.5, 4.5, 6.0, 8.0):
         work = begun(opened(tiny), tmp_path, bits_per_weight=budget, activations="none", granularity="tensor")
         choose_bits(work)
         sums.append(sum(row["error"] for row in work.notes["mixed"]["layers"]))
     assert sums == sorted(sums, reverse=True)
     assert np.isfinite(sums).all()
+
+
+def test_seven_bits_where_sums_saturate() -> None:
+    assert widths(QuantizeSettings(reduce_range="on")) == (2, 3, 4, 7)
+    assert widths(QuantizeSettings(reduce_range="on", activations="none")) == (2, 3, 4, 8)
+    assert widths(QuantizeSettings(reduce_range="off")) == (2, 3, 4, 8)

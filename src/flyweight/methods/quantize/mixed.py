@@ -5,13 +5,8 @@ Choosing one of several widths for every layer so that their cost stays within a
 
     best(l, c) = min over choices k of layer l of  best(l - 1, c - cost(l, k)) + error(l, k)
 
-What a layer's error is: the layer alone is rounded, to nearest, its block runs on the calibration texts, and
-
-    error = |block(x; W_q) - block(x; W)|^2 / |block(x; W)|^2
-
-All blocks of a stack write into one residual stream, so this is a share of the same thing everywhere, and it holds what the
-rest of the block makes of the error. The error of the linear's own output, |X (W - W_q)^T|^2 / |X W^T|^2, does not: half of the
-output of a key projection is without effect where the softmax is flat. Errors of layers are taken to add up.
+A layer's error is how far it alone, rounded to nearest, moves the output of its block (`sensitivity.py`). Errors are taken to
+add up.
 """
 
 from __future__ import annotations
@@ -21,24 +16,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import walk
 from flyweight.errors import StepError
 from flyweight.methods.quantize.grid import quantize_weight
-from flyweight.models.codes import parameter_value
+from flyweight.methods.quantize.sensitivity import TEXTS, chosen, moved
+from flyweight.methods.quantize.work import widest
 
 if TYPE_CHECKING:
-    from flyweight.calibration import Block
-    from flyweight.data import Examples
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.models.bundle import Codes
+    from flyweight.settings import QuantizeSettings
 
-__all__ = ["BITS", "Choice", "allocate", "choose_bits"]
+__all__ = ["Choice", "allocate", "choose_bits", "widths"]
 
-BITS = (2, 3, 4, 8)
-TEXTS = 64  # errors of layers settle long before a solver's Hessians do
 CELLS = 1 << 16  # a table of costs has at most so many columns
 
 
@@ -107,17 +99,19 @@ def choose_bits(work: Work) -> None:
     if not targets:
         return
     weights = sum(work.weight(target).numel() for target in targets.values())
-    costs = {name: {bits: cost(work, target, bits) for bits in BITS} for name, target in targets.items()}
+    costs = {
+        name: {bits: cost(work, target, bits) for bits in widths(work.settings)} for name, target in targets.items()
+    }
     least = sum(min(each.values()) for each in costs.values()) / weights
     if budget < least:
         raise StepError(
-            f"bits_per_weight of at least {math.ceil(1000 * least) / 1000:g} (all layers at {BITS[0]} bits, scales included)",
+            f"bits_per_weight of at least {math.ceil(1000 * least) / 1000:g} (all layers at 2 bits, scales included)",
             f"{budget:g}",
             "raise it, or let more weights share a scale (a larger group_size, granularity channel)",
         )
     errors = layer_errors(work)
     choices = {
-        name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in BITS]
+        name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in widths(work.settings)]
         for name in targets
         if name in errors
     }
@@ -127,6 +121,11 @@ def choose_bits(work: Work) -> None:
     used = sum(costs[name][bits] for name, bits in chosen.items())
     rows = [{"layer": name, "bits": bits, "error": round(errors[name][bits], 8)} for name, bits in chosen.items()]
     work.notes["mixed"] = {"budget": budget, "bits_per_weight": round(used / weights, 4), "layers": rows}
+
+
+def widths(settings: QuantizeSettings) -> tuple[int, ...]:
+    """The bits that a layer may get: 2, 3, 4 and 8, or 7 where integer kernels saturate."""
+    return 2, 3, 4, widest(settings)
 
 
 def cost(work: Work, target: Target, bits: int) -> int:
@@ -146,40 +145,21 @@ def cost(work: Work, target: Target, bits: int) -> int:
 
 
 def layer_errors(work: Work) -> dict[str, dict[int, float]]:
-    """{layer: {bits: |change of its block's output|^2 / |output|^2}} for the linears of the blocks, each rounded alone."""
+    """{layer: {bits: error}} for the linears of the blocks, each rounded alone, see `sensitivity`."""
     texts = work.context.calibration
     if texts is None:
         raise StepError("texts to calibrate on", "none", "give --calibrate F or --train F")
     found: dict[str, dict[int, float]] = {}
-    for block in walk(work.bundle, some(texts, TEXTS, work.context.seed), work.context.progress, "errors by bits"):
-        whole = sum(float(wanted.double().square().sum()) for wanted in block.wanted)
+    few = texts.take(chosen(len(texts), TEXTS, work.context.seed))
+    for block in walk(work.bundle, few, work.context.progress, "errors by bits"):
         for target in (target for site in block.sites for target in work.at(site)):
-            found[target.module] = {bits: _error(work, block, target, bits) / max(whole, 1e-30) for bits in BITS}
+            found[target.module] = {
+                bits: moved(work, block, {target.module: rounded(work, target, bits)}) for bits in widths(work.settings)
+            }
     return found
 
 
-def some(examples: Examples, most: int, seed: int) -> Examples:
-    """`most` of the examples, chosen by seed, or all where there are no more."""
-    if len(examples) <= most:
-        return examples
-    return examples.take(np.sort(np.random.default_rng(seed).choice(len(examples), most, replace=False)))
-
-
-def _error(work: Work, block: Block, target: Target, bits: int) -> float:
-    """|block(x; W_q) - block(x; W)|^2 with one weight rounded; it is put back."""
-    parameter = target.owner.get_parameter("weight")
-    kept = parameter.detach().clone()
-    try:
-        with torch.no_grad():
-            parameter.copy_(parameter_value(_rounded(work, target, bits)))
-            return sum(
-                float((block.run(batch) - wanted).double().square().sum()) for batch, wanted in enumerate(block.wanted)
-            )
-    finally:
-        with torch.no_grad():
-            parameter.copy_(kept)
-
-
-def _rounded(work: Work, target: Target, bits: int) -> Codes:
+def rounded(work: Work, target: Target, bits: int) -> Codes:
+    """The nearest codes of a width."""
     grid = target.grid._replace(bits=bits)
     return quantize_weight(work.weight(target), grid, work.mask(target), isinstance(target.owner, Conv1D))

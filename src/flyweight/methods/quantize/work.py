@@ -53,7 +53,10 @@ class Target(NamedTuple):
 
 @dataclass
 class Work:
-    """targets: by module name; codes, errors: what was put so far, by parameter and by module; notes: for the record"""
+    """targets: by module name; codes, errors: what was put so far, by parameter and by module; notes: for the record
+
+    biases: as they were before they were corrected for rounding, by module name
+    """
 
     bundle: Bundle
     settings: QuantizeSettings
@@ -63,6 +66,7 @@ class Work:
     errors: dict[str, float] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if widest(self.settings) < self.settings.bits:
@@ -102,6 +106,13 @@ class Work:
             parameter.copy_(value)
         self.codes[target.parameter] = codes
         self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), weight)
+
+    def keep_biases(self) -> None:
+        """Called before biases are corrected: a layer that falls back needs the one it had."""
+        for target in self.targets.values():
+            bias = getattr(target.owner, "bias", None)
+            if bias is not None:
+                self.biases[target.module] = bias.detach().clone()
 
     def take_back(self, target: Target) -> None:
         """The float weight again."""
