@@ -21,6 +21,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from flyweight.artifact import Engine
+from flyweight.engines import onnx_nbits
 from flyweight.engines.onnx_rewrite import put_weights
 from flyweight.errors import ExportError
 from flyweight.tasks import Task, task_named
@@ -43,8 +44,11 @@ def export(bundle: Bundle, folder: Path) -> Engine:
     """
     answer = Answer(bundle, task_named(bundle.task))
     weights, codes = _weights(answer, bundle)
-    graph = put_weights(_trace(answer, bundle), weights, codes, bundle.activations == "dynamic")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="flyweight")
+    graph = put_weights(_trace(answer, bundle), weights, codes, bundle.activations)
+    opsets = [helper.make_opsetid("", OPSET)]
+    if any(node.domain == onnx_nbits.DOMAIN for node in graph.node):
+        opsets.append(helper.make_opsetid(onnx_nbits.DOMAIN, 1))
+    model = helper.make_model(graph, opset_imports=opsets, producer_name="flyweight")
     model.ir_version = IR
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,15 +60,17 @@ def export(bundle: Bundle, folder: Path) -> Engine:
         file=FILE,
         inputs=bundle.family.inputs,
         outputs=tuple(output.name for output in model.graph.output),
-        precision=precision(bundle),
+        precision=precision(bundle, graph),
         parity=0.0,
     )
 
 
-def precision(bundle: Bundle) -> str:
+def precision(bundle: Bundle, graph: onnx.GraphProto) -> str:
     if not bundle.quantized:
         return "fp32"
-    return "int8-dynamic" if bundle.activations == "dynamic" else "weights-only"
+    if bundle.activations != "none":
+        return f"int8-{bundle.activations}"
+    return "weights-only-int8-compute" if onnx_nbits.rounds_inputs(graph) else "weights-only"
 
 
 class Answer(nn.Module):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, helper, numpy_helper
 
 from flyweight.engines.onnx_integer import Draft, quantized_embedding, quantized_linear
+from flyweight.engines.onnx_nbits import weights_only_linear
+from flyweight.engines.onnx_qdq import rounded_linear, smoothed, with_outliers
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 
@@ -27,14 +29,14 @@ class Linear(NamedTuple):
 
 
 def put_weights(
-    graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], dynamic: bool
+    graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], activations: str
 ) -> onnx.GraphProto:
     """`graph` has its parameters as inputs; the result has them as initializers, those in `quantized` as integers.
 
-    dynamic: quantized linears run in integers, their inputs quantized at run time. Raises ExportError for a quantized weight
-    that is read by anything but one lookup or linears.
+    activations: what becomes of the inputs of quantized linears (`Bundle.activations`). A weight that is both a table and a
+    linear is stored once. Raises ExportError for a quantized weight that is read by anything but lookups and linears.
     """
-    return _Rewriter(graph, weights, quantized, dynamic).run()
+    return _Rewriter(graph, weights, quantized, activations).run()
 
 
 class _Rewriter:
@@ -45,9 +47,13 @@ class _Rewriter:
     """
 
     def __init__(
-        self, graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], dynamic: bool
+        self,
+        graph: onnx.GraphProto,
+        weights: Mapping[str, NDArray[Any]],
+        quantized: Mapping[str, Codes],
+        activations: str,
     ) -> None:
-        self.graph, self.weights, self.quantized, self.dynamic = graph, weights, quantized, dynamic
+        self.graph, self.weights, self.quantized, self.activations = graph, weights, quantized, activations
         self.draft = Draft()
         self.same: dict[str, str] = {}
         self.turned: dict[str, str] = {}
@@ -60,6 +66,8 @@ class _Rewriter:
                 )
             for name in node.input:
                 self.readers.setdefault(name, set()).add(node.op_type)
+            if node.op_type == "Gather" and node.input[0] in quantized:
+                self.draft.tables.add(node.input[0])
 
     def run(self) -> onnx.GraphProto:
         for node in self.nodes:
@@ -123,12 +131,18 @@ class _Rewriter:
 
     def _quantized_linear(self, linear: Linear) -> None:
         name, codes = linear.weight, self.quantized[linear.weight]
-        if "Gather" in self.readers[name]:
-            raise ExportError(
-                f"{name} either as a table or as a linear", "a quantized weight tied to both", "leave it out with skip"
-            )
         product = linear.output if linear.bias is None else f"{linear.output}.product"
-        quantized_linear(self.draft, linear.x, name, codes, self.dynamic, product)
+        if self.activations == "dynamic":
+            x = smoothed(self.draft, linear.x, codes)
+            inner = product if codes.outliers is None else f"{product}.integers"
+            quantized_linear(self.draft, x, name, codes, True, inner)
+            with_outliers(self.draft, linear.x, name, codes, inner, product)
+        elif self.activations == "token" or codes.input_scale is not None:
+            rounded_linear(self.draft, linear.x, name, codes, self.activations, product)
+        else:
+            # few beside integer kernels (heads): as exact as can be
+            whole = self.activations == "static"
+            weights_only_linear(self.draft, linear.x, name, codes, product, whole)
         if linear.bias is not None:
             self.draft.add("Add", [product, self._name(linear.bias)], linear.output)
 

@@ -13,27 +13,53 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from flyweight.engines.onnx_nbits import with_level
+
 __all__ = ["write_float_twin"]
 
 
 def write_float_twin(source: Path, target: Path) -> None:
-    """Every DynamicQuantizeLinear passes its input on with scale 1; every MatMulInteger multiplies floats."""
+    """Every DynamicQuantizeLinear passes its input on with scale 1, every QuantizeLinear and what undoes it as it is; every
+    MatMulInteger multiplies floats."""
     model = onnx.load(str(source))
     nodes: list[onnx.NodeProto] = []
+    floats: set[str] = set()
     for node in model.graph.node:
         if node.op_type == "DynamicQuantizeLinear":
             values, scale, _ = node.output
             one = numpy_helper.from_array(np.array(1, np.float32))
             nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
             nodes.append(helper.make_node("Constant", [], [scale], value=one))
+        elif node.op_type == "QuantizeLinear":
+            nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+            floats.add(node.output[0])
+        elif node.op_type == "DequantizeLinear" and node.input[0] in floats:
+            nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
+        elif (
+            node.op_type == "DequantizeLinear"
+        ):  # left alone, onnxruntime would make a MatMulNBits of it and the product
+            nodes += _float_weight(node)
         elif node.op_type == "MatMulInteger":
             nodes += _float_product(node)
+        elif node.op_type == "MatMulNBits":
+            nodes.append(with_level(node, 0))
         else:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > 2**30
     onnx.save_model(model, str(target), save_as_external_data=large)
+
+
+def _float_weight(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """(weight - zero point) * scale, [in, out] by [out]."""
+    output = node.output[0]
+    casts = [
+        helper.make_node("Cast", [name], [f"{output}.{kind}"], to=TensorProto.FLOAT)
+        for name, kind in ((node.input[0], "weight"), (node.input[2], "zero"))
+    ]
+    centred = helper.make_node("Sub", [f"{output}.weight", f"{output}.zero"], [f"{output}.centred"])
+    return [*casts, centred, helper.make_node("Mul", [f"{output}.centred", node.input[1]], [output])]
 
 
 def _float_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:

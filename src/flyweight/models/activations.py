@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from flyweight.models.bundle import Bundle, Codes
 
-__all__ = ["dynamic_quantize", "fake_quantize", "quantized_linears", "round_static", "round_tokens", "simulate"]
+__all__ = [
+    "dynamic_quantize",
+    "fake_quantize",
+    "quantized_linears",
+    "round_static",
+    "round_tokens",
+    "rounding",
+    "simulate",
+]
 
 
 def dynamic_quantize(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,19 +65,22 @@ def simulate(bundle: Bundle) -> Iterator[None]:
 
     dynamic: the range is that of the whole batch, padding included, exactly as in the engine: answers depend on the neighbours.
     """
-    hooks = []
-    if bundle.activations != "none":
-        for name, modules in quantized_linears(bundle).items():
-            codes = bundle.quantized[name]
-            how = _rounding(codes, bundle.activations)
-            if how is None:
-                continue
+    with ExitStack() as stack:
+        for name, modules in quantized_linears(bundle).items() if bundle.activations != "none" else ():
             for module in modules:
-                hooks.append(module.register_forward_pre_hook(partial(_round_input, codes, how)))
+                stack.enter_context(rounding(module, bundle.quantized[name], bundle.activations))
+        yield
+
+
+@contextmanager
+def rounding(module: nn.Module, codes: Codes, activations: str) -> Iterator[None]:
+    """The same for one linear."""
+    how = _rounding(codes, activations)
+    hook = None if how is None else module.register_forward_pre_hook(partial(_round_input, codes, how))
     try:
         yield
     finally:
-        for hook in hooks:
+        if hook is not None:
             hook.remove()
 
 

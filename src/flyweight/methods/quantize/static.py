@@ -1,0 +1,114 @@
+"""Static int8 activations: every site of the blocks gets a fixed grid for its inputs, found on the user's texts.
+
+The walk goes from site to site in order of execution; each sees inputs that carry the rounding of all sites before it, of
+weights and of activations, so that a grid is fitted to what the engine will feed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from flyweight.calibration import Site, walk
+from flyweight.methods.quantize.gptq import factor, solved
+from flyweight.methods.quantize.grid import quantize_weight
+from flyweight.methods.quantize.smooth import Input, Search
+from flyweight.methods.quantize.solving import texts
+from flyweight.models.activations import rounding
+from flyweight.models.codes import dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flyweight.methods.quantize.work import Target, Work
+
+__all__ = ["input_grids", "smooth_and_round"]
+
+KEPT = 8192
+"""Tokens of a site that are looked at."""
+
+
+def smooth_and_round(work: Work) -> None:
+    """Put codes with smoothing, outlier channels and input grids for all linears of the blocks.
+
+    Smoothed weights are rounded to the nearest point, or by GPTQ on the rounded inputs. Raises StepError without texts.
+    """
+    settings, rows = work.settings, []
+    for site, targets, inputs in _sites(work):
+        whole = torch.cat([work.weight(target) for target in targets])
+        search = Search(inputs, whole, min(target.grid.bits for target in targets), work.context.seed)
+        exact = any(target.grid.scheme == "binary" for target in targets)  # a grid without zero leaves no channel out
+        how = search.best(settings.ranges, settings.smooth, 0 if exact else settings.outliers)
+        seen = how.apply(inputs).double() if settings.method == "gptq" else None
+        made = None if seen is None else factor(seen.t() @ seen / len(seen), settings.damping, site.name)
+        for target in targets:
+            weight = work.weight(target)
+            if made is not None:
+                codes = solved(work, target, made, how.weight(weight))[0]
+            else:
+                codes = quantize_weight(
+                    how.weight(weight), target.grid, work.mask(target), isinstance(target.owner, Conv1D)
+                )
+            values = None if how.outliers is None else weight[:, how.outliers].contiguous()
+            codes = replace(codes, smooth=how.smooth, outliers=how.outliers, outlier_values=values)
+            work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point))
+        rows.append(_row(site, how))
+    work.notes["inputs"] = rows
+
+
+def input_grids(work: Work) -> None:
+    """Give input grids to codes that another method has put; its weights and smoothing stay as they are."""
+    rows = []
+    for site, targets, inputs in _sites(work):
+        some = [target for target in targets if target.parameter in work.codes]
+        if not some:
+            continue
+        smooth = work.codes[some[0].parameter].smooth  # one for the site
+        divided = inputs if smooth is None else inputs / smooth
+        weights = [dequantize(work.codes[target.parameter]) for target in some]
+        whole = torch.cat(weights if smooth is None else [weight * smooth for weight in weights])
+        how = Search(divided, whole, None, work.context.seed).best(work.settings.ranges, smooth=False, outliers=0)
+        for target in some:
+            codes = work.codes[target.parameter]
+            work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point))
+        rows.append(_row(site, how))
+    work.notes["inputs"] = rows
+
+
+def _sites(work: Work) -> Iterator[tuple[Site, list[Target], Tensor]]:
+    """(site, its targets, what they read [tokens, in]); what was put is rounded as the engine will for all later sites."""
+    with ExitStack() as hooks:
+        for block in walk(work.bundle, texts(work), work.context.progress):
+            for site in block.sites:
+                targets = work.at(site)
+                if not targets:
+                    continue
+                yield site, targets, _some(list(block.stream(site)), work.context.seed)
+                for target in targets:
+                    if (codes := work.codes.get(target.parameter)) is not None:
+                        hooks.enter_context(rounding(target.owner, codes, "static"))
+
+
+def _some(parts: list[Tensor], seed: int) -> Tensor:
+    """[tokens, in] of all texts, or KEPT of them chosen at random."""
+    whole = torch.cat(parts)
+    if len(whole) <= KEPT:
+        return whole
+    chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:KEPT]
+    return whole[chosen.to(whole.device)]
+
+
+def _row(site: Site, how: Input) -> dict[str, object]:
+    """One line of the record: what was chosen, and the error it leaves."""
+    return {
+        "site": site.name,
+        "alpha": how.alpha,
+        "outliers": 0 if how.outliers is None else len(how.outliers),
+        "range": how.range,
+        "error": round(how.error, 6),
+    }
