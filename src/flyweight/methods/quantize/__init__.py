@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 
 from flyweight.errors import StepError
 from flyweight.methods.quantize.awq import awq
+from flyweight.methods.quantize.biases import correct_biases
+from flyweight.methods.quantize.gate import open_gate
 from flyweight.methods.quantize.gptq import gptq
 from flyweight.methods.quantize.hqq import hqq
 from flyweight.methods.quantize.mixed import choose_bits
 from flyweight.methods.quantize.reconstruct import reconstruct
+from flyweight.methods.quantize.static import input_grids, smooth_and_round
 from flyweight.methods.quantize.train import train_aware
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 
@@ -42,14 +45,30 @@ def quantize(bundle: Bundle, settings: QuantizeSettings, context: Context) -> Bu
     if bundle.quantized:
         raise StepError("a model in float", "one already quantized", "quantize once, starting from the float model")
     work = Work(bundle, settings, context, targets_of(bundle, settings))
+    gate = open_gate(work)
     for part in ("table", "head"):
         for target in work.of(part):
             work.nearest(target)
     if settings.bits_per_weight is not None:
         choose_bits(work)
-    METHODS[settings.method](work)
+    _round_blocks(work)
+    if gate is not None:
+        gate.hold()
     context.notes.update(_notes(work))
-    return replace(bundle, quantized=work.codes, activations=settings.activations)
+    return replace(bundle, quantized=work.codes, activations=settings.activations if work.codes else "none")
+
+
+def _round_blocks(work: Work) -> None:
+    method, static = work.settings.method, work.settings.activations == "static"
+    if static and method in ("nearest", "gptq"):
+        smooth_and_round(work)
+    else:
+        METHODS[method](work)
+        if static and method != "train":  # there the grids are trained as well
+            input_grids(work)
+    if work.settings.bias_correction:
+        work.keep_biases()
+        correct_biases(work)
 
 
 def round_to_nearest(work: Work) -> None:
