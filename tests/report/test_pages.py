@@ -205,3 +205,72 @@ def test_the_card_says_where_rows_of_the_data_are(manifest: Manifest) -> None:
 def test_the_card_s_own_python_is_exact_on_every_processor(manifest: Manifest) -> None:
     """As the engine is opened here; without it int8 sums saturate where the CPU has no VNNI."""
     assert "x64quantprecision" in card(manifest)
+
+
+GATE = {
+    "told": "1 of 3 layers fell back.",
+    "verdict": "Accepted: accuracy 83.4 against 83.9 of the reference.",
+    "held": True,
+    "metric": "accuracy",
+    "layers": [
+        {
+            "layer": "encoder.layer.2.output.dense",
+            "linears": ["encoder.layer.2.output.dense"],
+            "was": "4 bits",
+            "output_error": 0.0625,
+            "metric_change": 0.034,
+            "became": "8 bits, inputs in float",
+        },
+        {
+            "layer": "encoder.layer.0.attention.self.query",
+            "linears": ["encoder.layer.0.attention.self.query", "b", "c"],
+            "was": "4 bits",
+            "output_error": 0.0001,
+            "metric_change": None,
+            "became": "kept",
+        },
+        {
+            "layer": "x<b>",
+            "linears": ["x"],
+            "was": "8 bits",
+            "output_error": None,
+            "metric_change": 0,
+            "became": "kept",
+        },
+    ],
+}
+MIXED = {
+    "budget": 4.0,
+    "bits_per_weight": 3.9876,
+    "layers": [{"layer": "encoder.layer.0.output.dense", "bits": 3, "error": 0.0004}],
+}
+
+
+def with_notes(**notes: object) -> Manifest:
+    made = make()
+    last = made.steps[-1]
+    return make(steps=(*made.steps[:-1], last.model_copy(update={"notes": {**last.notes, **notes}})))
+
+
+def test_fallbacks_are_told_layer_by_layer() -> None:
+    page = html(with_notes(gate=GATE, mixed=MIXED, peak_memory_bytes=812_000_000))
+    checked(page)
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", page, re.DOTALL)
+    found = {row.partition("</th>")[0]: re.findall(r"<td>(.*?)</td>", row) for row in rows}
+    assert found["encoder.layer.2.output.dense"] == ["4 bits", "25.00 %", "+3.4 points", "8 bits, inputs in float"]
+    assert found["encoder.layer.0.attention.self.query and 2 more"] == ["4 bits", "1.00 %", "-", "kept"]
+    assert found["x&lt;b&gt;"][1] == "-"
+    assert found["encoder.layer.0.output.dense"] == ["3", "2.00 %"]
+    assert "1 of 3 layers fell back. Accepted: accuracy 83.4" in page
+    assert "3.988 bits a weight, scales included; 4 were allowed" in page
+    assert "at most 812 MB of memory" in page
+    text = card(with_notes(gate=GATE))
+    assert "Fallen back: encoder.layer.2.output.dense to 8 bits, inputs in float." in text
+    assert "Gate on the validation examples: 1 of 3 layers fell back. Accepted: accuracy 83.4" in text
+    assert "Accuracy gate" not in html(make())
+
+
+def test_a_gate_that_was_left_out_is_told() -> None:
+    made = with_notes(gate={"told": "Left out: there were no validation examples."})
+    assert "Left out: there were no validation examples." in html(made)
+    assert "Gate on the validation examples: Left out" in card(made)

@@ -13,6 +13,7 @@ import jinja2
 
 from flyweight.artifact import Manifest, Measurement, StepRecord
 from flyweight.report.figures import interval, label, model_name, number, ordered, show
+from flyweight.report.layers import fallbacks
 
 __all__ = ["card", "machine_line", "settings_line", "time_text"]
 
@@ -37,7 +38,12 @@ def card(manifest: Manifest, samples: bool = False) -> str:
         rows=rows(figures, columns),
         machine=_one_line(machine_line(manifest.environment)),
         steps=[
-            {"name": _one_line(step.name), "time": time_text(step.seconds), "settings": _code(settings_line(step))}
+            {
+                "name": _one_line(step.name),
+                "time": time_text(step.seconds),
+                "settings": _code(settings_line(step)),
+                "told": [_one_line(line) for line in fallbacks(step)],
+            }
             for step in manifest.steps
         ],
         engine=manifest.engines.get("onnxruntime"),

@@ -11,6 +11,7 @@ from flyweight.artifact import Manifest, Measurement
 from flyweight.report import plots
 from flyweight.report.card import limits, machine_line, settings_line, time_text, what
 from flyweight.report.figures import change, interval, label, model_name, number, ordered, show
+from flyweight.report.layers import layer_tables
 
 __all__ = ["html"]
 
@@ -37,6 +38,7 @@ def html(manifest: Manifest, recipe_yaml: str | None = None, samples: Sequence[S
         plots=plots.sections(manifest),
         legend=[(number, model_name(name)) for number, name in enumerate(plots.names(figures))],
         steps=steps(manifest),
+        layer_tables=layer_tables(manifest),
         rows=rows(figures),
         kernels=kernels(manifest),
         limits=limits(manifest),
@@ -158,6 +160,8 @@ def told(notes: Mapping[str, Any]) -> str:
         said.append(f"control without the teacher {100 * control['best_metric']:.1f} %")
     if isinstance(notes.get("bits_per_weight"), int | float):
         said.append(f"{notes['bits_per_weight']:.2f} bits a weight, scales included")
+    if isinstance(notes.get("peak_memory_bytes"), int):
+        said.append(f"at most {number(notes['peak_memory_bytes'], 'B')} of memory")
     return ", ".join(said)
 
 
