@@ -21,6 +21,7 @@ from flyweight.engines import onnxruntime
 from flyweight.errors import StepError
 from flyweight.golden import TEXTS
 from flyweight.job import Job, open_other
+from flyweight.measure.memory import OwnPeak
 from flyweight.measure.size import part_bytes, weights
 from flyweight.measure.static import static_figures
 from flyweight.models.activations import simulate
@@ -71,13 +72,14 @@ def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
     work.mkdir(parents=True, exist_ok=True)
     context = make_context(job, number, bundle, work)
     started = time.monotonic()
-    bundle = step_named(step.name).function()(bundle, step.settings, context)
+    with OwnPeak() as peak:
+        bundle = step_named(step.name).function()(bundle, step.settings, context)
     seconds = time.monotonic() - started
     record = StepRecord(
         name=step.name,
         settings=step.settings.model_dump(mode="json"),
         seconds=seconds,
-        notes={**context.notes, "after": after(job, bundle)},
+        notes={**context.notes, "peak_memory_bytes": peak.bytes, "after": after(job, bundle)},
     )
     bundle.steps = (*bundle.steps, record)
     keep(job, number + 1, bundle)

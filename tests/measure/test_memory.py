@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -91,3 +94,18 @@ def test_the_kind_of_memory_is_named() -> None:
     used, kind = tree_memory(psutil.Process())
     assert kind in {"pss", "uss", "rss"}
     assert used > 10 * 2**20
+
+
+def test_the_peak_of_this_process() -> None:
+    """A block of 200 MiB that is gone again before the end, and an error inside."""
+    start = psutil.Process().memory_info().rss
+    with memory.OwnPeak() as peak:
+        block = np.ones(200 * 2**20, np.uint8)
+        time.sleep(0.1)
+        del block
+    assert 190 * 2**20 < peak.bytes - start < 300 * 2**20
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), memory.OwnPeak() as other:
+        raise ZeroDivisionError
+    assert other.bytes >= 2**20
+    assert threading.active_count() == before

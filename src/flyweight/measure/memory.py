@@ -1,4 +1,5 @@
-"""Peak memory of a fresh process that loads a model and answers: what a service needs, not what is left of this process.
+"""Peak memory: of a fresh process that loads a model and answers (what a service needs, not what is left of this process), and
+of this process while a step runs.
 
 `python -m flyweight.measure.memory FOLDER ENGINE THREADS BATCH LENGTH VOCABULARY` is the process that is watched.
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import psutil
 
@@ -19,13 +22,42 @@ from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError
 from flyweight.measure.latency import Point, random_arrays
 
-__all__ = ["Load", "peak_memory", "tree_memory"]
+__all__ = ["Load", "OwnPeak", "peak_memory", "tree_memory"]
 
 PERIOD_S = 0.01
 RUNS = 5
 ENOUGH_S = 10.0
 Load = tuple[Path, str]
 """A folder and the name of the engine that opens it."""
+
+
+class OwnPeak:
+    """`with OwnPeak() as peak: ...`; then `peak.bytes` is the largest resident memory of this process meanwhile, all that it
+    held before included. A thread looks every 10 ms: a shorter peak may be missed."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, int(self._process.memory_info().rss))
+
+    def _watch(self) -> None:
+        while not self._done.wait(PERIOD_S):
+            self._look()
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
 
 
 def peak_memory(
