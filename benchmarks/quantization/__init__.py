@@ -14,8 +14,9 @@ torch fp32, with bootstrap 95 % intervals. Accuracy: of a model fine-tuned once 
 by example, averaged over the seeds, with a bootstrap 95 % interval over the examples. Times: one thread, random token
 ids, all candidates of a model in turn within each round of one run; speeds are medians of the ratios within a round.
 MB: the engine's file, tokenizer and manifest. To make: the whole `flyweight quantize` command in a fresh process on 2
-cores, and the peak memory of its process tree. OpenVINO computes in fp32 where it has no integers; left to itself it
-takes bf16 where the CPU can. The last rows of each accuracy table need no neural network, or hardly one."""
+cores (in brackets the step alone, and what `--dry-run` expected of it), and the peak memory of its process tree.
+OpenVINO computes in fp32 where it has no integers; left to itself it takes bf16 where the CPU can. The last rows of
+each accuracy table need no neural network, or hardly one."""
 
 ROWS = (
     *vectors.rows(MINILM),

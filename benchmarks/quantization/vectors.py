@@ -226,7 +226,15 @@ def rows(model: Model) -> tuple[Row, ...]:
             lambda job: ov(onnx_file(job, model)),
         ),
         peer(model, "openvino-nncf", "OpenVINO + NNCF int8", cost(2, 9), "model.xml", peers.nncf_int8, ov),
-        peer(model, "openvino-int8-weights", "OpenVINO, int8 weights, its defaults", cost(0.8, 4), "model.xml", _weights, ov),
+        peer(
+            model,
+            "openvino-int8-weights",
+            "OpenVINO, int8 weights, its defaults",
+            cost(0.8, 4),
+            "model.xml",
+            _weights,
+            ov,
+        ),
     ]
     for variant in VECTORS:
         opened = open_artifact if variant.timed else None
