@@ -213,6 +213,10 @@ class QuantizeSettings(TeacherSettings):
     """Texts to calibrate on."""
     bits_per_weight: float | None = Field(None, gt=1, le=8)
     """Choose the bits of every layer, 2, 3, 4 or 8, so that their mean (scales included) is at most this at the least error."""
+    learning_rate: float = Field(3e-4, gt=0)
+    """`train`: peak learning rate of AdamW; log-scales take ten times as much."""
+    hidden_weight: float = Field(1.0, ge=0)
+    """`train`: weight of the hidden-state loss (Jiao et al. 2020, section 3.1); 0 leaves it out and spares the teacher's pass."""
     step_down: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     """`train`: bits to train at in turn, such as 8, 4, 2, 1, ending at `bits`, each for an equal share of the steps; the model
     of the stage before is a second teacher (Martinez et al. 2020, section 3.2)."""

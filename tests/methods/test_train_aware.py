@@ -37,7 +37,14 @@ Tiny = Callable[..., Path]
 
 
 def settings(**changes: Any) -> QuantizeSettings:
-    usual = {"method": "train", "epochs": 2.0, "batch_size": 8, "learning_rate": 1e-3, "gate": "off"}
+    usual = {
+        "method": "train",
+        "epochs": 2.0,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "hidden_weight": 0.0,
+        "gate": "off",
+    }
     return QuantizeSettings(**{**usual, **changes})
 
 
