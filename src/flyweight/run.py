@@ -26,6 +26,7 @@ from flyweight.measure.size import part_bytes, weights
 from flyweight.measure.static import static_figures
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
+from flyweight.models.finite import check_finite
 from flyweight.models.storage import restore, save
 from flyweight.parity import check
 from flyweight.settings import TeacherSettings
@@ -133,7 +134,9 @@ def keep(job: Job, number: int, bundle: Bundle) -> None:
 
 
 def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
-    """Export to onnxruntime and hold the file against torch on real inputs. Raises ExportError where they differ."""
+    """Export to onnxruntime and hold the file against torch on real inputs. Raises ExportError where they differ, and
+    ModelError where the model's own activations are no numbers (the layer named)."""
+    check_finite(bundle, real_inputs(job, 8))
     job.progress.note("exporting to onnxruntime")
     engine = onnxruntime.export(bundle, folder)
     worst = check(bundle, folder, engine, real_inputs(job))

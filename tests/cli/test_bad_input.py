@@ -201,3 +201,99 @@ def test_weights_that_are_no_numbers(refused, model, train, monkeypatch):
 def test_a_loss_that_is_no_number(refused, model, train):
     line = refused("finetune", model, "--train", train, "--epochs", "50", "--learning-rate", "1e30", "--clip", "1e30")
     assert "learning rate" in line
+
+
+def texts(path, number):
+    return write(path, [{"text": f"a warm film about the sea, number {i}"} for i in range(number)])
+
+
+def test_bits_outside_1_8(refused, model):
+    assert "--bits: input should be greater than or equal to 1, got 0" in refused("quantize", model, "--bits", "0")
+    assert "--bits: input should be less than or equal to 8, got 9" in refused("quantize", model, "--bits", "9")
+    (model.parent / "recipe.yaml").write_text("steps:\n- quantize: {bits: 9}\n")
+    line = refused("compress", model, "--recipe", "recipe.yaml")
+    assert "steps[0].quantize.bits" in line
+    assert "got 9" in line
+
+
+def test_a_group_that_does_not_divide(refused, model):
+    grouped = ("--granularity", "group", "--activations", "none", "--bits", "4")
+    line = refused("quantize", model, *grouped, "--group-size", "24")
+    assert (
+        "a group_size that divides the 32 inputs of bert.encoder.layer.0.attention.self.query, got 24; such as 16"
+        in line
+    )
+    assert "groups have no integer kernel" in refused("quantize", model, "--granularity", "group", "--bits", "4")
+
+
+@pytest.mark.parametrize("how", [("--activations", "static"), ("--method", "gptq", "--activations", "none")])
+def test_texts_to_calibrate_on_are_missing_none_or_few(refused, tiny, tmp_path, how):
+    model = tiny("bert")
+    assert "texts to calibrate steps[0] quantize on, got none; give --calibrate F" in refused("quantize", model, *how)
+    (tmp_path / "empty.jsonl").touch()
+    assert "an empty file" in refused("quantize", model, *how, "--calibrate", "empty.jsonl")
+    texts(tmp_path / "few.jsonl", 20)
+    line = refused("quantize", model, *how, "--calibrate", "few.jsonl")
+    assert "at least 256 different texts to calibrate on in few.jsonl, got 20; " in line
+    assert "lower --samples to at most 20" in line
+    assert "no such file" in refused("quantize", model, *how, "--calibrate", "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("how", [("--activations", "static"), ("--method", "gptq", "--activations", "none")])
+def test_activations_that_are_no_numbers(refused, model, tmp_path, how):
+    """Finite weights so large that the third block's output is not: the block is named."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = "bert.encoder.layer.2.intermediate.dense.weight"
+    weights[name] = np.where(weights[name] > 0, np.float32(3e38), np.float32(-3e38))
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    texts(tmp_path / "texts.jsonl", 40)
+    line = refused("quantize", model, *how, "--calibrate", "texts.jsonl", "--samples", "20")
+    assert "finite activations after bert.encoder.layer.2.intermediate.dense, got NaN or inf" in line
+
+
+def test_a_model_already_packed(refused, tiny, train, tmp_path):
+    assert (
+        main(["quantize", str(tiny("bert")), "--out", "packed", "--rounds", "3", "--leave-out", "memory,energy"]) == 0
+    )
+    for again in ((), ("--bits", "4", "--activations", "none")):
+        line = refused("quantize", "packed", *again)
+        assert "quantize on float weights, got packed ones; quantize once: start from the float model" in line
+
+
+def test_a_budget_of_bits_below_the_least(refused, tiny, tmp_path):
+    texts(tmp_path / "texts.jsonl", 40)
+    given = ("--bits-per-weight", "2.1", "--calibrate", "texts.jsonl", "--samples", "20", "--activations", "none")
+    line = refused("quantize", tiny("bert"), *given)
+    assert "bits_per_weight of at least 2.8" in line
+    assert "got 2.1; raise it" in line
+
+
+def test_a_gate_that_cannot_hold_even_in_float(refused, model, train, tmp_path):
+    """Pruned to next to nothing first: no bits bring that back."""
+    held = write(
+        tmp_path / "held.jsonl", [{"text": f"an old film {i}", "label": ("no", "yes")[i % 2]} for i in range(40)]
+    )
+    steps = "- prune: {target: weights, amount: 0.98}\n- quantize: {bits: 8, gate: required}\n"
+    (tmp_path / "recipe.yaml").write_text(f"steps:\n{steps}accept: {{max_drop: 0.0}}\n")
+    line = refused("compress", model, "--recipe", "recipe.yaml", "--train", train, "--eval", held)
+    assert "a model that meets the acceptance rule before it is quantized, got accuracy" in line
+    assert "set gate to auto" in line
+
+
+def test_a_gate_without_rule_or_examples(refused, model, tmp_path):
+    held = write(
+        tmp_path / "held.jsonl", [{"text": f"an old film {i}", "label": ("no", "yes")[i % 2]} for i in range(40)]
+    )
+    assert "an acceptance rule for gate required, got none" in refused("quantize", model, "--gate", "required")
+    given = ("--gate", "required", "--max-drop", "0.1", "--eval", held)
+    assert "validation examples for gate required, got none; give --validation F" in refused("quantize", model, *given)
+
+
+def test_an_engine_that_lacks_the_format(refused, model):
+    pytest.importorskip("openvino")
+    given = ("--bits", "1", "--scheme", "binary", "--activations", "none", "--engines", "openvino")
+    line = refused("quantize", model, *given)
+    assert "OpenVINO" in line
+    assert "use engine onnxruntime, which runs all that Flyweight exports" in line
