@@ -14,7 +14,8 @@ import numpy as np
 from flyweight.errors import StorageError
 from flyweight.job import Job
 from flyweight.measure.environment import usable_memory
-from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, TrainSettings
+from flyweight.methods.quantize.expected import Sizes, expected
+from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings, TrainSettings
 
 __all__ = ["Plan", "PlanRow", "make_plan", "refuse_what_cannot_fit"]
 
@@ -75,14 +76,19 @@ def make_plan(job: Job) -> Plan:
         settings = step.settings
         before, share = share, share * kept_share(job, settings)
         weights = int(4 * (total - blocks + blocks * share))
-        seconds, memory = cost(job, settings, speed, before, share)
+        if isinstance(settings, QuantizeSettings):
+            seconds, beside = expected(settings, job.recipe.accept, sizes(job, speed, before))
+            memory = 4 * total + beside
+        else:
+            seconds, factor = cost(job, settings, speed, before, share)
+            memory = 4 * total + int(factor * weights)
         cached = number < done
         rows.append(
             PlanRow(
                 step.name,
                 describe(settings),
                 0.0 if cached else seconds,
-                PROCESS + 4 * total + int(memory * weights),
+                PROCESS + memory,
                 0 if cached else weights,
                 cached,
             )
@@ -121,8 +127,12 @@ def describe(settings: object) -> str:
         )
     if isinstance(settings, FinetuneSettings):
         return f"{settings.epochs:g} epochs at {settings.learning_rate:g}"
-    bits, scheme, activations = (getattr(settings, name) for name in ("bits", "scheme", "activations"))
-    return f"{bits} bits {scheme}, activations {activations}"
+    assert isinstance(settings, QuantizeSettings)
+    bits = (
+        f"{settings.bits} bits" if settings.bits_per_weight is None else f"{settings.bits_per_weight:g} bits on average"
+    )
+    texts = f", {settings.samples} texts" if settings.calibrated else ""
+    return f"{bits} {settings.scheme} by {settings.method}, activations {settings.activations}{texts}"
 
 
 def kept_share(job: Job, settings: object) -> float:
@@ -142,6 +152,28 @@ def job_blocks(job: Job) -> list[list[object]]:
     from flyweight.models.surgery import blocks
 
     return [list(stack) for stack in blocks(job.bundle.model, job.bundle.family).values()]
+
+
+def sizes(job: Job, speed: Speed, share: float) -> Sizes:
+    """What the expected cost of a quantize step is told from; share: of the blocks' work that is left by then."""
+    from flyweight.models.surgery import embeddings, linears, weight_2d
+
+    bundle, splits = job.bundle, job.splits
+    shapes = [tuple(weight_2d(module).shape) for module in linears(bundle.model, bundle.family).values()]
+    kept = [(round(rows * share), width) for rows, width in shapes]
+    tables = sum(weight_2d(table).numel() for table in embeddings(bundle.model, bundle.family).values())
+    return Sizes(
+        forward=speed.forward * share,
+        training=speed.training * share,
+        length=mean_length(job),
+        linears=kept,
+        blocks=sum(len(stack) for stack in job_blocks(job)),
+        weights=tables + sum(rows * width for rows, width in kept),
+        model=sum(p.numel() for p in bundle.model.parameters()),
+        texts=len(splits.calibration) if splits.calibration is not None else 0,
+        train=len(splits.train) if splits.train is not None else 0,
+        validation=len(splits.validation) if splits.validation is not None else 0,
+    )
 
 
 def cost(job: Job, settings: object, speed: Speed, before: float, share: float) -> tuple[float, float]:
@@ -169,7 +201,7 @@ def cost(job: Job, settings: object, speed: Speed, before: float, share: float) 
 
 
 def mean_length(job: Job) -> float:
-    for part in (job.splits.train, job.splits.eval):
+    for part in (job.splits.train, job.splits.calibration, job.splits.eval):
         if part is not None:
             return float(part.lengths.mean())
     return float(job.recipe.measure.within(job.bundle.encoder.max_length).lengths[-1])
