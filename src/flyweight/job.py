@@ -249,16 +249,17 @@ def prefix_keys(
 
 
 def samples(recipe: Recipe) -> int:
-    """How many texts the steps calibrate on."""
-    settings = [step.settings for step in recipe.steps]
-    return max((one.samples for one in settings if isinstance(one, QuantizeSettings) and one.calibrated), default=0)
+    """How many texts the steps calibrate on; a file given for it is read even where no step looks at them: without labels
+    the rest of it is what is measured on."""
+    settings = [step.settings for step in recipe.steps if isinstance(step.settings, QuantizeSettings)]
+    return max((one.samples for one in settings if one.calibrated or recipe.data.calibrate is not None), default=0)
 
 
 def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) -> list[str]:
     """What a quantize step depends on beside model and training data: its texts, the rule that its gate holds, the CPU."""
     rule = [] if settings.gate == "off" else [recipe.accept.model_dump_json()]
     rule += ["reduced range"] if widest(settings) < settings.bits else []  # `auto` depends on the machine
-    if not settings.calibrated or splits.calibration is None:
+    if splits.calibration is None or not (settings.calibrated or rule):
         return rule
     return [*rule, splits.calibration.content_hash()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flyweight.artifact import Manifest, StepRecord
@@ -17,7 +17,7 @@ class LayerTable(NamedTuple):
     title: str
     told: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def layer_tables(manifest: Manifest) -> list[LayerTable]:
