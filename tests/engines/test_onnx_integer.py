@@ -127,11 +127,15 @@ def test_nothing_is_stored_wider_than_its_slot(grid: Grid, mask: bool) -> None:
     linear, table = Draft(), Draft()
     quantized_linear(linear, "x", "w", codes, dynamic=False, output="y")
     quantized_embedding(table, "ids", "w", codes, "y")
-    for draft, expected in ((linear, -(-OUT * IN * size // 8)), (table, OUT * -(-IN * size // 8))):
-        stored = draft.initializers["w.codes"]
-        assert stored.data_type == (TensorProto.INT8 if size == 8 else TensorProto.UINT8)
-        assert len(stored.raw_data) == expected
+    bits = [size for size in (4, 2, 1) if grid.bits & size] if grid.bits not in (1, 2, 4, 8) else [size]
+    planes = sum(OUT * -(-IN * bit // 8) for bit in bits)  # every row of every plane begins with a byte of its own
+    for draft, expected in ((linear, -(-OUT * IN * size // 8)), (table, planes)):
+        stored = [t for name, t in draft.initializers.items() if name.startswith("w.codes")]
+        wide = size == 8 and (draft is linear or grid.bits == 8)
+        assert {t.data_type for t in stored} == {TensorProto.INT8 if wide else TensorProto.UINT8}
+        assert sum(len(t.raw_data) for t in stored) == expected
         floats = [t for t in draft.initializers.values() if t.data_type == TensorProto.FLOAT]
+        floats = [t for t in floats if not t.name.startswith("table.")]  # 256 rows, one for all weights of a grid
         assert [t.name for t in floats] == ["w.scale"]
         assert int(np.prod(floats[0].dims)) == codes.scale.numel()
 

@@ -10,8 +10,8 @@ What onnxruntime makes of the forms written here (seen in its optimized graph, v
   linears this is folded at load as well, so that 1-bit weights run in the same int8 kernel; embeddings unpack only the rows
   they look up.
 
-Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. 3 bits ride in slots of 4, and
-5 to 7 in slots of 8.
+Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. In linears 3 bits ride in slots of
+4, and 5 to 7 in slots of 8; tables of 3, 5, 6 and 7 bits lie in planes of 4, 2 and 1 bits, and so take what they say.
 """
 
 from __future__ import annotations
@@ -208,20 +208,59 @@ def _groups(codes: Codes) -> int:
     return int(codes.scale.shape[-1]) if codes.info.granularity == "group" else 1
 
 
-def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output: str) -> str:
-    """Rows of a table at `ids` [batch, length] as float32 [batch, length, width]; only these rows are dequantized."""
+def planes(codes: Codes) -> list[Grid]:
+    """A table of 3, 5, 6 or 7 bits as tables of 4, 2 and 1 bits whose sum it is; any other one as it is."""
+    bits = codes.info.bits
+    if codes.info.scheme == "binary" or bits in (1, 2, 4, 8):
+        return [grid(codes)]
+    found: list[Grid] = []
+    shift = 0
+    for size in (4, 2, 1):
+        if bits & size:
+            found.append(Grid(size, 0 if found else -(1 << (bits - 1)), 1 << shift))
+            shift += size
+    return found
+
+
+def _summed_rows(
+    draft: Draft, ids: str, name: str, values: NDArray[np.int8], layers: Sequence[Grid], output: str
+) -> str:
+    """float32 [batch, length, width], summed over the planes of the rows looked up; Add knows no int8."""
+    left, current = values.astype(np.int16) - layers[0].low, ""
+    for number, plane in enumerate(layers):
+        part = (plane.low + plane.step * (left // plane.step % (1 << plane.size))).astype(np.int8)
+        stored = draft.constant(f"{name}.codes.{number}", _pack(part, plane))
+        rows = _rows(draft, stored, ids, values.shape[1], plane, f"{output}.plane{number}", np.float32)
+        current = draft.add("Add", [current, rows], f"{output}.sum{number}") if current else rows
+    return current
+
+
+def _rows(draft: Draft, stored: str, ids: str, width: int, how: Grid, output: str, kind: type = np.int8) -> str:
+    """Integers [batch, length, width], as `kind`, of a table's rows as they lie in the file."""
+    current = draft.add("Gather", [stored, ids], f"{output}.rows")
+    if how.size == 8:
+        return current
+    spread = _spread(draft, current, how, output, kind)  # [batch, length, bytes, per byte]
+    current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
+    return _cut(draft, current, width, 2, f"{output}.cut") if width % how.per_byte else current
+
+
+def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output: str, tied: bool = False) -> str:
+    """Rows of a table at `ids` [batch, length] as float32 [batch, length, width]; only these rows are dequantized.
+
+    tied: a linear reads the same table, whose integers then lie in slots of 1, 2, 4 or 8 bits
+    """
     values, zero = integers(codes)
-    width, how = values.shape[1], grid(codes)
-    current = draft.add("Gather", [table_bytes(draft, name, values, codes), ids], f"{output}.rows")
-    if how.size < 8:
-        spread = _spread(draft, current, how, f"{output}.int8")  # [batch, length, bytes, per byte]
-        current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
-        if width % how.per_byte:
-            current = _cut(draft, current, width, 2, f"{output}.cut")
+    width = values.shape[1]
+    if tied or len(layers := planes(codes)) == 1:
+        stored = table_bytes(draft, name, values, codes)
+        current = _rows(draft, stored, ids, width, grid(codes), f"{output}.int8")
+        current = draft.add("Cast", [current], f"{output}.float", to=TensorProto.FLOAT)
+    else:
+        current = _summed_rows(draft, ids, name, values, layers, output)
     groups = _groups(codes)
     if groups > 1:
         current = draft.add("Reshape", [current, draft.shape(0, 0, groups, width // groups)], f"{output}.groups")
-    current = draft.add("Cast", [current], f"{output}.float", to=TensorProto.FLOAT)
 
     def of_rows(array: NDArray[Any], kind: str) -> str:
         """[rows, groups] -> [batch, length, groups (, 1)]; a single number stays one."""
@@ -249,14 +288,13 @@ def _pack(values: NDArray[np.int8], how: Grid) -> NDArray[np.uint8]:
     return packed
 
 
-def _spread(draft: Draft, packed: str, how: Grid, output: str) -> str:
-    """uint8 [...] -> int8 [..., per byte] by looking every byte up in a table."""
+def _spread(draft: Draft, packed: str, how: Grid, output: str, kind: type = np.int8) -> str:
+    """uint8 [...] -> `kind` [..., per byte] by looking every byte up in a table."""
     stored = (np.arange(256)[:, None] >> (how.size * np.arange(how.per_byte))) & (2**how.size - 1)
-    table = (how.low + how.step * stored).astype(np.int8)
+    table = (how.low + how.step * stored).astype(kind)
     index = draft.add("Cast", [packed], f"{output}.index", to=TensorProto.INT32)
-    return draft.add(
-        "Gather", [draft.constant(f"table.{how.size}.{how.low}.{how.step}", table), index], f"{output}.spread"
-    )
+    name = f"table.{how.size}.{how.low}.{how.step}.{table.dtype}"
+    return draft.add("Gather", [draft.constant(name, table), index], f"{output}.spread")
 
 
 def _cut(draft: Draft, x: str, length: int, axis: int, output: str) -> str:

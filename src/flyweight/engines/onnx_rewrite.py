@@ -150,7 +150,8 @@ class _Rewriter:
         name, ids = node.input[0], self._name(node.input[1])
         if _attributes(node).get("axis", 0) != 0:
             raise ExportError(f"a lookup of rows of {name}", "one of columns", "leave it out with skip")
-        quantized_embedding(self.draft, ids, name, self.quantized[name], node.output[0])
+        tied = self.readers[name] != {"Gather"}
+        quantized_embedding(self.draft, ids, name, self.quantized[name], node.output[0], tied)
 
     def _name(self, name: str) -> str:
         """The draft's name of what the traced graph calls `name`; puts a float weight in where it is first read."""
