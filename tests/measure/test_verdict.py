@@ -39,3 +39,13 @@ def test_without_a_rule_nothing_is_refused_and_it_is_said() -> None:
 
 def test_without_an_interval_the_value_itself_counts() -> None:
     assert not accept(Accept(max_drop=0.01), figure(0.8), figure(-0.02)).accepted
+
+
+def test_cosines_are_told_as_they_are() -> None:
+    reference = Measurement(value=1.0, unit="cosine", method="test")
+    difference = Measurement(value=-0.00077, unit="cosine", low=-0.00082, method="test")
+    verdict = accept(Accept(max_drop=0.001), reference, difference, "cosine")
+    assert verdict.accepted
+    assert "cosine 0.99923 against 1.00000" in verdict.text
+    assert "lower bound of -0.00082; asked for at most 0.001 lost" in verdict.text
+    assert "points" not in verdict.text

@@ -79,3 +79,13 @@ def test_labels_and_order() -> None:
     assert label("speedup.reference_torch@1x32") == "times faster than torch fp32 1x32"
     assert label("quality.macro_f1") == "macro f1"
     assert label("own_key") == "own key"
+
+
+def test_cosines_show_what_percents_would_hide() -> None:
+    cosine = Measurement(value=0.999231, unit="cosine", low=0.99921, high=0.99925, method="test")
+    assert show("quality.cosine", cosine) == "0.99923"
+    assert interval("quality.cosine", cosine) == "0.99921 to 0.99925"
+    moved = Measurement(value=-0.000769, unit="cosine", method="test")
+    assert show("quality.cosine.difference", moved) == "-0.00077"
+    whole = Measurement(value=1.0, unit="cosine", method="test")
+    assert change("quality.cosine", cosine, whole) == "-0.00077"

@@ -87,7 +87,7 @@ def quality(task: Task, outputs: Array, examples: Examples, sampled: Mapping[str
     """`quality.accuracy` and the like, with the percentile-bootstrap 95 % interval (Efron and Tibshirani 1993, ch. 13)."""
     how = f"held-out examples; 95 % percentile interval of {_count(sampled)} bootstrap samples"
     return {
-        f"quality.{name}": _figure(value, sampled[name], len(examples), how)
+        f"quality.{name}": _figure(value, sampled[name], len(examples), how, unit_of(name))
         for name, value in task.metrics(outputs, examples).items()
     }
 
@@ -112,13 +112,19 @@ def difference(
         if metric not in to_sampled:
             continue
         value = of[key].value - to[key].value
-        found[f"{key}.difference"] = _figure(value, of_sampled[metric] - to_sampled[metric], of[key].n, how)
+        moved = of_sampled[metric] - to_sampled[metric]
+        found[f"{key}.difference"] = _figure(value, moved, of[key].n, how, unit_of(metric))
     return found
 
 
-def _figure(value: float, sampled: Floats, n: int | None, method: str) -> Measurement:
+def unit_of(metric: str) -> str:
+    """Cosines lie so near to 1 that percents would hide what matters."""
+    return "cosine" if metric.startswith("cosine") else "share"
+
+
+def _figure(value: float, sampled: Floats, n: int | None, method: str, unit: str) -> Measurement:
     low, high = np.percentile(sampled, [2.5, 97.5])
-    return Measurement(value=value, unit="share", low=float(low), high=float(high), n=n, method=method)
+    return Measurement(value=value, unit=unit, low=float(low), high=float(high), n=n, method=method)
 
 
 def _count(sampled: Mapping[str, Floats]) -> int:

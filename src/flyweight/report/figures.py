@@ -107,6 +107,8 @@ def number(value: float, unit: str, signed: bool = False) -> str:
     """`23.1 MB`, `83.9 %`, `4.20 ms`; signed shares are differences and told in points."""
     if unit == "share":
         return f"{100 * value:+.1f} points" if signed else f"{100 * value:.1f} %"
+    if unit == "cosine":
+        return f"{value:{'+' if signed else ''}.5f}"
     factor, suffix = scale(value, unit)
     if unit in ("B", "weights") and factor == 1.0:
         return f"{value:,.0f}{suffix}"
@@ -125,6 +127,8 @@ def interval(key: str, figure: Measurement) -> str:
     def side(value: float) -> str:
         if figure.unit == "share":
             return f"{100 * value:+.1f}" if key.endswith(".difference") else f"{100 * value:.1f}"
+        if figure.unit == "cosine":
+            return number(value, figure.unit, key.endswith(".difference"))
         return digits(value * factor)
 
     if figure.low is not None and figure.high is not None:
@@ -137,7 +141,7 @@ def interval(key: str, figure: Measurement) -> str:
 def change(key: str, result: Measurement, reference: Measurement) -> str:
     """`4.1x less`, `5.2x more`, `same`; for quality the difference in points."""
     if key.startswith("quality"):
-        return number(result.value - reference.value, "share", signed=True)
+        return number(result.value - reference.value, result.unit, signed=True)
     if not (result.value > 0 and reference.value > 0):
         return ""
     ratio = result.value / reference.value
