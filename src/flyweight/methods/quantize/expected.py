@@ -18,7 +18,7 @@ __all__ = ["Expected", "Sizes", "expected"]
 
 ELEMENT = 1.5e-8  # seconds a weight to round it and to compare, everything included
 COLUMN = 2.5e-4  # seconds that GPTQ takes for a column beside its products
-ITERATION = 4e-3  # seconds that a step of reconstruction takes for a linear beside its products
+ITERATION = 8e-3  # seconds that a step of reconstruction takes for a linear beside its products
 STREAMS = 2.0  # forward passes that looking at all sites of all blocks takes: each runs its block as far as the site
 WALK = 2.2  # forward passes of a walk itself: the float block, the changed block, the way in
 POINTS, SHARES = 40, 11  # of AWQ: factors tried for a site, cuts tried for a linear
@@ -113,7 +113,7 @@ def method_seconds(settings: QuantizeSettings, sizes: Sizes) -> float:
     if settings.method == "hqq":
         return ROUNDS * ELEMENT * inside
     if settings.method == "reconstruct":
-        step = STEP_TEXTS * 3 * sizes.forward + 3 * ELEMENT * inside + ITERATION * len(sizes.linears)
+        step = STEP_TEXTS * 4 * sizes.forward + 3 * ELEMENT * inside + ITERATION * len(sizes.linears)
         return looked + grams + gptq + LOOKS * passes + settings.iterations * step
     if settings.method == "train":
         updates = math.ceil(sizes.train / settings.batch_size) * settings.epochs
