@@ -24,7 +24,7 @@ __all__ = ["Input", "Search", "round_weight"]
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COUNTS = (4, 8, 16, 24)
 WORTH = 0.7  # outlier channels cost a small float product and a sum: the error has to fall at least to this share
-CLOSE = 1.1  # and the fewest channels within this factor of the least error are taken
+CLOSE = 1.25  # and the fewest channels within this factor of the least error are taken
 ROWS = 512
 TINY = 1e-5
 
