@@ -195,6 +195,8 @@ class Manifest(_Part):
     blocks: dict[str, tuple[BlockShape, ...]] = {}
     plain: bool = True
     """True where AutoModel loads the folder without Flyweight."""
+    layout: Literal["flyweight", "pack-quantized"] = "flyweight"
+    """How model.safetensors holds packed weights: see `flyweight.models.storage`; the second is that of compressed-tensors."""
     origin: str
     """sha256 of the model that everything began with."""
     seed: int = 0

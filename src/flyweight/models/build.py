@@ -29,8 +29,11 @@ UNRELATED_TOKENIZER = (
 )
 
 
-def open_config(folder: Path) -> Any:
-    """The config of a model folder. Raises ModelError: no config.json, unreadable, unknown family (lists the known)."""
+def open_config(folder: Path, packed: bool = False) -> Any:
+    """The config of a model folder. packed: it may hold a `quantization_config`, which is ours and is left out.
+
+    Raises ModelError: no config.json, unreadable, unknown family (lists the known).
+    """
     path = folder / "config.json"
     hint = "name a Hugging Face folder (config.json, model.safetensors, tokenizer.json), a hub id or an artifact"
     if not path.is_file():
@@ -48,14 +51,14 @@ def open_config(folder: Path) -> Any:
         raise ModelError(
             f"a model of one of the families {', '.join(FAMILIES)}", f"'{raw['model_type']}'{code} in {path}"
         )
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not packed:
         how = raw["quantization_config"].get("quant_method", "some method")
         raise ModelError(f"float weights in {folder}", f"weights packed by {how}", "start from the original model")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its checks meet
         raise ModelError(f"a valid {path}", f"'{_first_line(error)}'", "fetch the model again") from None
-    for name in UNRELATED:
+    for name in (*UNRELATED, "quantization_config"):
         if hasattr(config, name):
             delattr(config, name)
     config.dtype = torch.float32

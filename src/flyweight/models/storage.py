@@ -9,6 +9,9 @@ model.safetensors holds every weight once, under the model's own name (tied ones
              `NAME.outlier_values`, `NAME.input_scale` and `NAME.input_zero_point` (`models.bundle.Codes`)
 - both:      `NAME.bitmask` over [out, in], and `NAME.codes` of the kept weights only
 
+Where all quantized weights fit (`models.pack_quantized`), they are stored as compressed-tensors has them instead, so that
+transformers loads the folder by itself; flyweight.json says which (`layout`).
+
 Bit order is that of `models.packing`; flyweight.json says which weight is what. 90 % zeros take 1/32 + 1/10 = 13.2 % of
 the float32 bytes, one-bit weights 1/32 and a scale a row.
 """
@@ -31,7 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from flyweight import artifact, errors
 from flyweight.artifact import Manifest, QuantizedTensor
-from flyweight.models import surgery
+from flyweight.models import pack_quantized, surgery
 from flyweight.models.build import empty_model, open_config, open_tokenizer, quiet
 from flyweight.models.bundle import OPTIONAL, Bundle, Codes
 from flyweight.models.codes import parameter_value, zero_codes
@@ -62,7 +65,8 @@ def save(bundle: Bundle, folder: Path) -> Manifest:
     if bundle.labels is not None:
         config.id2label = dict(enumerate(bundle.labels))
         config.label2id = {name: number for number, name in enumerate(bundle.labels)}
-    config.to_json_file(folder / "config.json")
+    standard = same_shape and pack_quantized.misfit(bundle) is None
+    _write_config(bundle, folder, standard)
     bundle.tokenizer.backend_tokenizer.no_truncation()
     bundle.tokenizer.backend_tokenizer.no_padding()
     tokenizer = bundle.tokenizer
@@ -70,7 +74,9 @@ def save(bundle: Bundle, folder: Path) -> Manifest:
         tokenizer.save_pretrained(folder)
         # again without indentation: two thirds of the bytes
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
-        save_file(_packed(bundle), folder / WEIGHTS, metadata={"format": "pt"})  # transformers asks for this entry
+        save_file(
+            _packed(bundle, standard), folder / WEIGHTS, metadata={"format": "pt"}
+        )  # transformers asks for this entry
     return Manifest(
         flyweight=metadata.version("flyweight"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,7 +87,8 @@ def save(bundle: Bundle, folder: Path) -> Manifest:
         pad_token_id=bundle.encoder.pad,
         max_length=bundle.encoder.max_length,
         blocks=surgery.shapes(model, bundle.family),
-        plain=same_shape and not bundle.quantized and not bundle.sparse,
+        plain=standard or (same_shape and not bundle.quantized and not bundle.sparse),
+        layout="pack-quantized" if standard else "flyweight",
         origin=bundle.origin,
         steps=bundle.steps,
         versions={name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
@@ -98,7 +105,7 @@ def restore(folder: Path) -> Bundle:
     """
     folder = Path(folder)
     manifest = artifact.read_manifest(folder)
-    config = open_config(folder)
+    config = open_config(folder, packed=manifest.layout == "pack-quantized")
     family = family_of(config)
     model = empty_model(config, task_named(manifest.task).auto)
     surgery.reshape(model, family, manifest.blocks)
@@ -118,6 +125,17 @@ def restore(folder: Path) -> Bundle:
     )
 
 
+def _write_config(bundle: Bundle, folder: Path, standard: bool) -> None:
+    config = bundle.model.config
+    if standard:
+        config.quantization_config = pack_quantized.quantization_config(bundle)
+    try:
+        config.to_json_file(folder / "config.json")
+    finally:
+        if standard:
+            del config.quantization_config
+
+
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers by name; a tied one only under its first name."""
     found: dict[int, str] = {}
@@ -127,7 +145,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in found.values()}
 
 
-def _packed(bundle: Bundle) -> dict[str, Tensor]:
+def _packed(bundle: Bundle, standard: bool) -> dict[str, Tensor]:
     tensors = own_tensors(bundle.model)
     unknown = (bundle.quantized.keys() | bundle.sparse.keys()) - tensors.keys()
     if unknown:
@@ -135,7 +153,8 @@ def _packed(bundle: Bundle) -> dict[str, Tensor]:
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in bundle.quantized:
-            parts = _pack_codes(bundle.quantized[name])
+            pack = pack_quantized.pack if standard else _pack_codes
+            parts = pack(bundle.quantized[name])
         elif name in bundle.sparse:
             parts = {".bitmask": _mask_bytes(tensor != 0), ".values": tensor[tensor != 0]}
         else:
@@ -152,7 +171,7 @@ def _pack_codes(codes: Codes) -> dict[str, Tensor]:
     }
     for part in OPTIONAL:
         if (tensor := getattr(codes, part)) is not None:
-            parts[f".{part}"] = tensor
+            parts[f".{part}"] = tensor.clone()  # q, k and v may share it, which safetensors refuses
     if codes.mask is not None:
         parts[".bitmask"] = _mask_bytes(codes.mask)
     return parts
@@ -198,9 +217,12 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], manifest: Manifest, fold
     for name, target in own_tensors(model).items():
         try:
             if name in manifest.quantized:
-                quantized[name] = codes = _unpack_codes(
-                    name, manifest.quantized[name], take, f"{name}.bitmask" in tensors
-                )
+                info = manifest.quantized[name]
+                if manifest.layout == "pack-quantized":
+                    codes = pack_quantized.unpack(info, lambda suffix, name=name: take(name + suffix))  # type: ignore[misc]
+                else:
+                    codes = _unpack_codes(name, info, take, f"{name}.bitmask" in tensors)
+                quantized[name] = codes
                 value = parameter_value(codes)
             elif name in manifest.sparse:
                 value = _unpack_sparse(take(f"{name}.bitmask"), take(f"{name}.values"), target)

@@ -71,8 +71,13 @@ def what(manifest: Manifest) -> str:
         else "Its blocks have shapes that no config can say"
     )
     plain = "The folder is plain Hugging Face: `AutoModel` loads it."
+    if manifest.layout == "pack-quantized":
+        plain = (
+            "Its weights are packed as `compressed-tensors` has them (pack-quantized): with that package installed "
+            "`AutoModel` loads the folder."
+        )
     if not manifest.plain:
-        plain = f"{own}; `flyweight` or the engine's file loads it."
+        plain = f"{own}; `flyweight` or the engine's file loads it, `AutoModel` does not."
     return (
         f"A {manifest.family} model for {manifest.task}, made {made} with Flyweight {manifest.flyweight} "
         f"(seed {manifest.seed}).{shape} {plain}"
