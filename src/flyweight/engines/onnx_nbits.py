@@ -15,7 +15,8 @@ in the file with 1 and 2 bits; they are spread to slots when it is loaded. 5 to 
 the input becomes int8 with a scale for every row and block.
 
 Why so: all-MiniLM-L6-v2 on a CPU with AVX512-VNNI, onnxruntime 1.31, one thread, runs interleaved. Speed is told against weights
-that are unpacked to float32 at load, for 1 x 1, 1 x 32, 1 x 128 and 32 x 128 tokens (dynamic int8: about 2.4, 1.9, 1.9, 1.8):
+that are unpacked to float32 at load, medians for 1 x 1, 1 x 32, 1 x 128 and 32 x 128 tokens (with 8 bits 8 x 128), on a busy
+machine; dynamic int8: about 2.4, 1.9, 1.9, 1.8. Memory is what loading and one run of 1 x 128 added to the process.
 
     form                        speed                 memory      cosine to fp32
     4 bits, groups of 128
