@@ -44,6 +44,7 @@ class _Rewriter:
 
     same:   name in the traced graph -> name in the draft (constants of equal value are one)
     turned: output of a Transpose of a weight -> the weight; the Transpose itself is not kept
+    done:   sums with a bias that stand in the draft already, together with the product
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class _Rewriter:
         self.same: dict[str, str] = {}
         self.turned: dict[str, str] = {}
         self.readers: dict[str, set[str]] = {}
+        self.done: set[str] = set()
         self.nodes = self._own_names(graph)
         for node in self.nodes:
             if any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute):
@@ -105,6 +107,8 @@ class _Rewriter:
         self.same[node.output[0]] = self.draft.constant(name, value)
 
     def _node(self, node: onnx.NodeProto) -> None:
+        if node.output[0] in self.done and node.op_type == "Add":
+            return
         linear = self._linear(node)
         if linear and linear.weight in self.quantized:
             self._quantized_linear(linear)
@@ -138,6 +142,12 @@ class _Rewriter:
             quantized_linear(self.draft, x, name, codes, True, inner)
             with_outliers(self.draft, linear.x, name, codes, inner, product)
         elif self.activations == "token" or codes.input_scale is not None:
+            added = self._added(linear)
+            if added is not None:
+                bias, output = added
+                self.done.add(output)
+                rounded_linear(self.draft, linear.x, name, codes, self.activations, output, (bias, self.weights[bias]))
+                return
             rounded_linear(self.draft, linear.x, name, codes, self.activations, product)
         else:
             # few beside integer kernels (heads): as exact as can be
@@ -145,6 +155,18 @@ class _Rewriter:
             weights_only_linear(self.draft, linear.x, name, codes, product, whole)
         if linear.bias is not None:
             self.draft.add("Add", [product, self._name(linear.bias)], linear.output)
+
+    def _added(self, linear: Linear) -> tuple[str, str] | None:
+        """(bias, output) where the product goes nowhere but into the sum with a bias, in the same node or the next."""
+        if linear.bias is not None:
+            return (linear.bias, linear.output) if linear.bias in self.weights else None
+        readers = [node for node in self.nodes if linear.output in node.input]
+        if len(readers) != 1 or readers[0].op_type != "Add" or linear.output in {out.name for out in self.graph.output}:
+            return None
+        other = next((name for name in readers[0].input if name != linear.output), "")
+        if other not in self.weights or self.weights[other].ndim != 1:
+            return None
+        return other, readers[0].output[0]
 
     def _quantized_lookup(self, node: onnx.NodeProto) -> None:
         name, ids = node.input[0], self._name(node.input[1])

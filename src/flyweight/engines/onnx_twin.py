@@ -35,9 +35,7 @@ def write_float_twin(source: Path, target: Path) -> None:
             floats.add(node.output[0])
         elif node.op_type == "DequantizeLinear" and node.input[0] in floats:
             nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
-        elif (
-            node.op_type == "DequantizeLinear"
-        ):  # left alone, onnxruntime would make a MatMulNBits of it and the product
+        elif node.op_type == "DequantizeLinear":  # left alone, onnxruntime makes a MatMulNBits of it and the product
             nodes += _float_weight(node)
         elif node.op_type == "MatMulInteger":
             nodes += _float_product(node)
@@ -52,14 +50,15 @@ def write_float_twin(source: Path, target: Path) -> None:
 
 
 def _float_weight(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """(weight - zero point) * scale, [in, out] by [out]."""
+    """(integer - zero point) * scale, of a weight [in, out] or a bias [out] by [out]."""
     output = node.output[0]
-    casts = [
-        helper.make_node("Cast", [name], [f"{output}.{kind}"], to=TensorProto.FLOAT)
-        for name, kind in ((node.input[0], "weight"), (node.input[2], "zero"))
-    ]
-    centred = helper.make_node("Sub", [f"{output}.weight", f"{output}.zero"], [f"{output}.centred"])
-    return [*casts, centred, helper.make_node("Mul", [f"{output}.centred", node.input[1]], [output])]
+    made = [helper.make_node("Cast", [node.input[0]], [f"{output}.whole"], to=TensorProto.FLOAT)]
+    centred = f"{output}.whole"
+    if len(node.input) > 2:
+        made.append(helper.make_node("Cast", [node.input[2]], [f"{output}.zero"], to=TensorProto.FLOAT))
+        made.append(helper.make_node("Sub", [centred, f"{output}.zero"], [f"{output}.centred"]))
+        centred = f"{output}.centred"
+    return [*made, helper.make_node("Mul", [centred, node.input[1]], [output])]
 
 
 def _float_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
