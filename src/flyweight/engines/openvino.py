@@ -4,8 +4,8 @@ What OpenVINO makes of our files (seen in its runtime graph, version 2026.4):
 
 - int8-static: QuantizeLinear and DequantizeLinear around a product become one int8 FullyConnected. This is the format for it.
 - int8-dynamic, int8-token: DynamicQuantizeLinear and MatMulInteger are computed in float, exactly as written: right, not fast.
-- weights only: the packed integers stay packed (8, 4 and 2 bits) and are made float inside a float FullyConnected. Those of 1
-  bit are unpacked by nodes of the graph, which it does not take: it wants constants there.
+- weights only: the packed integers stay packed (3 to 8 bits) and are made float inside a float FullyConnected. Those of 1
+  and 2 bits are unpacked by nodes of the graph, which it does not take: it wants constants there.
 
 On a CPU without VNNI its int8 products saturate, and it has no exact kernel to ask for: see `saturates`.
 
