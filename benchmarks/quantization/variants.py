@@ -37,6 +37,7 @@ INT8 = (
     Variant("int8-dynamic", "int8, dynamic", "--bits 8 --activations dynamic", (1.2, 5), True),
     Variant("int8-token", "int8, one scale a token", "--bits 8 --activations token", (1.2, 5), True),
     Variant("int8-static", "int8, static", "--bits 8 --activations static", (2, 8), True),
+    Variant("int8-static-gptq", "int8, static, GPTQ", "--bits 8 --activations static --method gptq", (3, 10), True),
 )
 FOUR = tuple(weights_only(4, method, TABLES)._replace(timed=method == "gptq") for method in LADDER)
 THREE = tuple(weights_only(3, method) for method in LADDER)
@@ -62,19 +63,19 @@ TRAINED = (
     Variant(
         "2bit-train",
         "2 bits, trained",
-        "--bits 2 --method train --activations none --epochs 4 --learning-rate 1e-4",
+        "--bits 2 --scheme asymmetric --method train --activations none --epochs 4",
         (14, 0),
     ),
     Variant(
         "ternary-train",
         "ternary, int8 activations, trained",
-        "--bits 2 --scheme ternary --method train --activations dynamic --epochs 5 --learning-rate 1e-4",
+        "--bits 2 --scheme ternary --method train --activations dynamic --epochs 5",
         (17, 0),
     ),
     Variant(
         "binary-train",
         "binary, int8 activations, trained, 8 -> 4 -> 2 -> 1 bits",
-        "--bits 1 --scheme binary --method train --activations dynamic --step-down 8,4,2,1 --epochs 6 --learning-rate 1e-4",
+        "--bits 1 --scheme binary --method train --activations dynamic --step-down 8,4,2,1 --epochs 6 --learning-rate 5e-4",
         (22, 0),
     ),
 )

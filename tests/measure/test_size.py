@@ -144,6 +144,8 @@ def test_a_plain_folder_counts_its_config(tmp_path: Path) -> None:
 
 def test_an_engine_that_has_no_file_here(tmp_path: Path) -> None:
     artifact(tmp_path)
-    assert size.disk(tmp_path, "openvino")["bytes"].value == size.disk(tmp_path, "onnxruntime")["bytes"].value  # one file
+    assert (
+        size.disk(tmp_path, "openvino")["bytes"].value == size.disk(tmp_path, "onnxruntime")["bytes"].value
+    )  # one file
     with pytest.raises(ArtifactError, match="other's file"):
         size.disk(tmp_path, "other")
