@@ -166,7 +166,10 @@ def test_the_command_is_made_and_told(tiny: Callable[..., Path], tmp_path: Path)
     flags = ["--bits", "4", "--task", "embedding", "--samples", "4"]
     model = tiny("bert")
     made = command.made(job, "quantize", model, flags, {"--calibrate": texts}, "a-model")
-    assert made.command == "flyweight quantize a-model --calibrate texts.jsonl --bits 4 --task embedding --samples 4 --seed 0"
+    assert (
+        made.command
+        == "flyweight quantize a-model --calibrate texts.jsonl --bits 4 --task embedding --samples 4 --seed 0"
+    )
     figures = made.figures(job.work / "artifact")
     assert figures["quantize.seconds"].value > figures["quantize.step_seconds"].value > 0
     assert figures["quantize.peak_bytes"].value > 50e6
