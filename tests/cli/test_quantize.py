@@ -24,8 +24,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(capsys, *arguments, status=0):
-    assert main([*map(str, arguments)]) == status, capsys.readouterr().err
+def run(capsys, *arguments, statuses=(0,)):
+    assert main([*map(str, arguments)]) in statuses, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
 
 
@@ -49,7 +49,8 @@ def test_without_head_labels_or_eval(tiny, tmp_path, capsys, monkeypatch):
 def test_fallbacks_reach_the_engine(tiny, tmp_path, capsys, how):
     """Layers of several widths, with inputs in float and in float altogether, in one file that agrees with torch."""
     rule = ("--calibrate", "texts.jsonl", "--samples", "30", "--bits", "2", "--quality", "0.995")
-    told = run(capsys, "quantize", tiny("bert"), *rule, *how, *QUICK, "--out", "made")
+    # The gate holds on its examples; the verdict is taken on others, so few that it may differ.
+    told = run(capsys, "quantize", tiny("bert"), *rule, *how, *QUICK, "--out", "made", statuses=(0, 3))
     gate = told["steps"][0]["notes"]["gate"]
     assert gate["held"]
     became = {row["became"] for row in gate["layers"]}
