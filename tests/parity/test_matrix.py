@@ -108,7 +108,7 @@ def test_cell(after: Callable[[str, str], Done], family: str, step: str, engine:
     expected = torch_answers(done)
     if engine == "torch":
         np.testing.assert_allclose(np.concatenate(answers), np.concatenate(expected), rtol=1e-4, atol=1e-5)
-    elif session.manifest.engines["onnxruntime"].precision != "int8-dynamic":  # `check` has judged those
+    elif session.manifest.engines["onnxruntime"].precision in ("fp32", "weights-only"):  # `check` has judged the others
         assert relative_errors(np.concatenate(answers), np.concatenate(expected)).max() <= EXACT
 
 
