@@ -17,7 +17,7 @@ demo: $(VENV)/.installed      ## the main job on a real model and real data; at 
 	$(RUN) -m benchmarks.demo
 
 test: $(VENV)/.installed      ## the quick tests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 slow: $(VENV)/.installed      ## the tests that take minutes
 	$(RUN) -m pytest -m slow

@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.xdist_group("base install")  # one process: all its tests share one environment on disk
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 LIMIT_MB = 230
@@ -80,34 +79,43 @@ def scripts(venv: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`pip install .` under constraints. The dependencies stay in .venvs/base until they change; the package is put in anew."""
+    """`pip install .` under constraints, in .venvs/base: its dependencies until they change, the package until a source does.
+
+    Several test processes share it: the first makes it, the others wait.
+    """
     place, constraints = ROOT / ".venvs" / "base", ROOT / "constraints.txt"
-    key = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes()).hexdigest()
-    source = tmp_path_factory.mktemp("source") / "flyweight"  # a copy: pip leaves a build folder where it builds
+    place.parent.mkdir(exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        _install(place, constraints, tmp_path_factory.mktemp("source") / "flyweight")
+    return place
+
+
+def _install(place: Path, constraints: Path, source: Path) -> None:
+    """`source` is for a copy of the package: pip leaves a build folder where it builds."""
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    stamp = place / "installed"
     # this environment's pip, aimed at that one: it needs none of its own
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--python",
-        scripts(place) / "python",
-        "install",
-        "-q",
-    )
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", scripts(place) / "python"]
+    pip += ["install", "-q"]
     install = (*pip, "--no-build-isolation")
-    if not stamp.is_file() or stamp.read_text() != key:
+    wanted = digest([ROOT / "pyproject.toml", constraints])
+    stamp = place / "installed"
+    if not stamp.is_file() or stamp.read_text() != wanted:
         shutil.rmtree(place, ignore_errors=True)
         checked(sys.executable, "-m", "venv", "--without-pip", place)
         checked(*pip, "-c", constraints, "setuptools")
         checked(*install, "-c", constraints, source)
-        stamp.write_text(key)
-    checked(*install, "--no-deps", "--force-reinstall", "--no-index", source)
-    return place
+        stamp.write_text(wanted)
+    wanted = digest(sorted(path for path in source.rglob("*") if path.is_file()))
+    stamp = place / "package"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        checked(*install, "--no-deps", "--force-reinstall", "--no-index", source)
+        stamp.write_text(wanted)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 @pytest.fixture(scope="session")

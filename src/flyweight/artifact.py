@@ -89,6 +89,7 @@ class QuantizedTensor(_Part):
     smooth:     the codes hold weight x `name.smooth` [in], and the linear's input is divided by it
     outliers:   so many input channels are multiplied in float (`name.outliers`, `name.outlier_values`)
     static:     the linear's input is rounded to a fixed uint8 grid (`name.input_scale`, `name.input_zero_point`)
+    shifted:    before that, `name.input_shift` [in] is taken off it; its product with the weight is added to the output
     """
 
     shape: tuple[int, ...]
@@ -100,6 +101,7 @@ class QuantizedTensor(_Part):
     smooth: bool = False
     outliers: int = 0
     static: bool = False
+    shifted: bool = False
 
 
 class Measurement(_Part):

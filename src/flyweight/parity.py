@@ -6,7 +6,8 @@ keeps an answer near zero from making a small difference look large).
 fp32, weights only: every example within EXACT. Measured: 6e-6 on tiny models of five families, 1e-6 on MiniLM.
 
 int8-dynamic, -token, -static: the file with its integer arithmetic undone (`engines.onnx_twin`) within EXACT of torch without
-rounded activations; and the file itself within FLIPS of torch with simulated rounding, or within FLIPS_SHARE of what the rounding
+rounded activations (static: within BIASES, as biases are rounded to steps of input times weight; measured: 7e-4 on a tiny model,
+1e-4 on MiniLM); and the file itself within FLIPS of torch with simulated rounding, or within FLIPS_SHARE of what the rounding
 as such changes, at the median. On MiniLM a few values a text fall on the other side of a rounding edge, which moves the answer
 by .006 at the median and by .12 at worst, as much as the rounding itself does.
 
@@ -32,9 +33,10 @@ from flyweight.errors import ExportError
 if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
 
-__all__ = ["BLOCK_ROUNDING", "EXACT", "FLIPS", "FLIPS_SHARE", "check", "relative_errors"]
+__all__ = ["BIASES", "BLOCK_ROUNDING", "EXACT", "FLIPS", "FLIPS_SHARE", "check", "relative_errors"]
 
 EXACT = 5e-4
+BIASES = 2e-3
 FLIPS = 0.01
 FLIPS_SHARE = 1.5
 BLOCK_ROUNDING = 0.1
@@ -60,7 +62,7 @@ def check(bundle: Bundle, folder: Path, engine: Engine, arrays: Sequence[Arrays]
     with tempfile.TemporaryDirectory() as temporary:
         _hold(
             relative_errors(_file(_twin(path, Path(temporary)), arrays, runner), floats).max(),
-            EXACT,
+            BIASES if engine.precision == "int8-static" else EXACT,
             f"largest error of {engine.file} without integer arithmetic",
         )
     if engine.precision == "weights-only-int8-compute":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from flyweight.engines.onnx_integer import Draft, quantized_embedding, quantized_linear
+from flyweight.engines.onnx_integer import Draft, float_weight, quantized_embedding, quantized_linear
 from flyweight.engines.onnxruntime import session_options
 from flyweight.errors import ExportError
 from flyweight.methods.quantize.grid import Grid, quantize_weight
@@ -86,7 +86,7 @@ def test_a_dynamic_linear_is_integer_arithmetic(grid: Grid, mask: bool) -> None:
     codes = codes_of(grid, mask)
     x = np.random.default_rng(0).normal(size=(2, 3, IN)).astype(np.float32)
     draft = Draft()
-    quantized_linear(draft, "x", "w", codes, dynamic=True, output="y")
+    quantized_linear(draft, "x", "w", codes, output="y")
 
     values, scales = integer_parts(codes)
     activations, x_scale, x_zero = slow_dynamic_quantize(x)
@@ -103,7 +103,7 @@ def test_a_weights_only_linear_multiplies_what_the_codes_mean(grid: Grid, mask: 
     codes = codes_of(grid, mask)
     x = np.random.default_rng(0).normal(size=(4, IN)).astype(np.float32)
     draft = Draft()
-    quantized_linear(draft, "x", "w", codes, dynamic=False, output="y")
+    draft.add("MatMul", ["x", float_weight(draft, "w", codes)], "y")
     values, scales = integer_parts(codes)
     np.testing.assert_allclose(run(draft, "x", x), x @ (values * scales).T, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(run(draft, "x", x, "w.float32"), (values * scales).T.astype(np.float32))
@@ -119,23 +119,37 @@ def test_an_embedding_looks_up_what_the_codes_mean(grid: Grid) -> None:
     np.testing.assert_array_equal(run(draft, "ids", ids), (values * scales).astype(np.float32)[ids])
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_table_tied_to_a_linear_means_the_same_to_both(grid: Grid) -> None:
+    codes, ids = codes_of(grid), np.array([[0, 4, 2], [3, 3, 1]])
+    draft = Draft(tables={"w"})
+    quantized_embedding(draft, "ids", "w", codes, "y", tied=True)
+    float_weight(draft, "w", codes)
+    values, scales = integer_parts(codes)
+    weight = (values * scales).astype(np.float32)
+    np.testing.assert_array_equal(run(draft, "ids", ids), weight[ids])
+    np.testing.assert_array_equal(run(draft, "ids", ids, "w.float32"), weight.T)
+
+
 @pytest.mark.parametrize("mask", [False, True], ids=["whole", "pruned"])
 @pytest.mark.parametrize("grid", [*GRIDS, *GROUPED], ids=str)
 def test_nothing_is_stored_wider_than_its_slot(grid: Grid, mask: bool) -> None:
     codes = codes_of(grid, mask)
     size = 2 if grid.scheme == "binary" and mask else SLOTS[grid.bits]
     linear, table = Draft(), Draft()
-    quantized_linear(linear, "x", "w", codes, dynamic=False, output="y")
+    float_weight(linear, "w", codes)
     quantized_embedding(table, "ids", "w", codes, "y")
-    bits = [size for size in (4, 2, 1) if grid.bits & size] if grid.bits not in (1, 2, 4, 8) else [size]
+    bits = {3: [2, 1], 5: [4, 1]}.get(grid.bits, [size])
     planes = sum(OUT * -(-IN * bit // 8) for bit in bits)  # every row of every plane begins with a byte of its own
+    if grid.bits in (4, 6, 7):
+        planes = OUT * -(-IN // 8) * grid.bits
     for draft, expected in ((linear, -(-OUT * IN * size // 8)), (table, planes)):
         stored = [t for name, t in draft.initializers.items() if name.startswith("w.codes")]
         wide = size == 8 and (draft is linear or grid.bits == 8)
         assert {t.data_type for t in stored} == {TensorProto.INT8 if wide else TensorProto.UINT8}
         assert sum(len(t.raw_data) for t in stored) == expected
         floats = [t for t in draft.initializers.values() if t.data_type == TensorProto.FLOAT]
-        floats = [t for t in floats if not t.name.startswith("table.")]  # 256 rows, one for all weights of a grid
+        floats = [t for t in floats if not t.name.startswith(("float.", "powers."))]  # for all tables of a grid
         assert [t.name for t in floats] == ["w.scale"]
         assert int(np.prod(floats[0].dims)) == codes.scale.numel()
 
@@ -143,7 +157,7 @@ def test_nothing_is_stored_wider_than_its_slot(grid: Grid, mask: bool) -> None:
 def test_linears_with_one_input_share_its_quantization_and_one_weight_is_stored_once() -> None:
     draft, codes = Draft(), codes_of(Grid(4))
     for output in ("a", "b", "c"):
-        quantized_linear(draft, "x", "w", codes, dynamic=True, output=output)
+        quantized_linear(draft, "x", "w", codes, output=output)
     kinds = [node.op_type for node in draft.nodes]
     assert kinds.count("DynamicQuantizeLinear") == 1
     assert kinds.count("MatMulInteger") == 3
@@ -153,4 +167,4 @@ def test_linears_with_one_input_share_its_quantization_and_one_weight_is_stored_
 
 def test_groups_have_no_integer_kernel() -> None:
     with pytest.raises(ExportError, match=r"expected a scale per tensor or channel for w, got groups"):
-        quantized_linear(Draft(), "x", "w", codes_of(GROUPED[0]), dynamic=True, output="y")
+        quantized_linear(Draft(), "x", "w", codes_of(GROUPED[0]), output="y")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flyweight.artifact import Engine
 from flyweight.engines import onnx_nbits
+from flyweight.engines.onnx_integer import OPSET
 from flyweight.engines.onnx_rewrite import put_weights
 from flyweight.errors import ExportError
 from flyweight.tasks import Task, task_named
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "export"]
 
 FILE = "onnx/model.onnx"
-OPSET, IR = 17, 8  # the first with LayerNormalization; onnxruntime 1.13 and later read both
+IR = 8  # onnxruntime 1.13 and later read it
 EXTERNAL = 2**31 - 2**24  # a protobuf ends at 2 GiB; larger weights go to a file beside it
 PREFIX = "model."  # of parameter names, by the attribute of Answer
 

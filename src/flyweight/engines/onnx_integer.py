@@ -6,12 +6,13 @@ What onnxruntime makes of the forms written here (seen in its optimized graph, v
   DynamicQuantizeMatMul). The quantized input is shared by all linears that read it (q, k and v).
 - weights only: Cast -> Sub -> Mul over constants is folded to float once, when the file is loaded. DequantizeLinear
   would not be: onnxruntime keeps it and runs it again for every input.
-- fewer than 8 bits: bytes -> Gather from a table of 256 rows, one for each byte, with the 8/k integers packed in it. For
-  linears this is folded at load as well, so that 1-bit weights run in the same int8 kernel; embeddings unpack only the rows
-  they look up.
+- fewer than 8 bits in linears: bytes -> Gather from a table of 256 rows, one for each byte, with the 8/k integers packed in it.
+  This is folded at load as well, so that 1-bit weights run in the same int8 kernel.
+- fewer than 8 bits in embeddings: only the rows looked up are unpacked, with 4, 6 and 7 bits by arithmetic, else by the same
+  Gather, which takes five times as long (the integer shifts and Floor of onnxruntime are no faster).
 
 Linears hold their integers as [in, out], as MatMul reads them; embeddings as [rows, width]. In linears 3 bits ride in slots of
-4, and 5 to 7 in slots of 8; tables of 3, 5, 6 and 7 bits lie in planes of 4, 2 and 1 bits, and so take what they say.
+4, and 5 to 7 in slots of 8; tables take the bits that they say: 3 and 5 lie in planes of 4, 2 and 1.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 
 __all__ = [
+    "OPSET",
+    "UPPER",
     "Draft",
     "Grid",
     "float_weight",
@@ -41,11 +44,15 @@ __all__ = [
 ]
 
 
+OPSET = 17  # the first with LayerNormalization; onnxruntime 1.13 and later read it
+
+
 @dataclass
 class Draft:
     """A graph being written, in execution order. `inputs` of `add` are names; "" leaves an optional one out.
 
     tables: quantized weights that lookups read; a linear tied to one takes its integers from there
+    leads:  {name of a value: a name for all of its axes but the last}, the same for values that have these in common
     """
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -53,6 +60,7 @@ class Draft:
     outputs: set[str] = field(default_factory=set)
     quantized_inputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    leads: dict[str, str] = field(default_factory=dict)
 
     def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
@@ -81,6 +89,11 @@ class Draft:
         return self.quantized_inputs[name]
 
 
+def number(draft: Draft, value: float) -> str:
+    """A float32 scalar."""
+    return draft.constant(f"float.{value}", np.array(value, np.float32))
+
+
 class Grid(NamedTuple):
     """How integers lie in the file: `size` bits each, integer = low + step * stored."""
 
@@ -91,6 +104,12 @@ class Grid(NamedTuple):
     @property
     def per_byte(self) -> int:
         return 8 // self.size
+
+
+WITH_TAIL = (4, 6, 7)
+"""Bits of tables whose last values lie above the first ones."""
+UPPER = ".upper"
+"""How the output of a QuantizeLinear ends that unpacks a table, and rounds no activation."""
 
 
 def grid(codes: Codes) -> Grid:
@@ -112,10 +131,8 @@ def integers(codes: Codes) -> tuple[NDArray[np.int8], NDArray[np.int8] | None]:
     return values.astype(np.int8), zero
 
 
-def quantized_linear(draft: Draft, x: str, name: str, codes: Codes, dynamic: bool, output: str) -> str:
-    """`x @ weight` (without the bias) from `x` [..., in]; with `dynamic` in integers, else through folded float weights."""
-    if not dynamic:
-        return draft.add("MatMul", [x, float_weight(draft, name, codes)], output)
+def quantized_linear(draft: Draft, x: str, name: str, codes: Codes, output: str) -> str:
+    """`x @ weight` (without the bias) from `x` [..., in], which is rounded to the grid that its own range gives."""
     if codes.info.granularity == "group":
         raise ExportError(
             f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
@@ -209,7 +226,7 @@ def _groups(codes: Codes) -> int:
 
 
 def planes(codes: Codes) -> list[Grid]:
-    """A table of 3, 5, 6 or 7 bits as tables of 4, 2 and 1 bits whose sum it is; any other one as it is."""
+    """A table of 3 or 5 bits as tables of 4, 2 and 1 bits whose sum it is; any other one as it is."""
     bits = codes.info.bits
     if codes.info.scheme == "binary" or bits in (1, 2, 4, 8):
         return [grid(codes)]
@@ -227,22 +244,67 @@ def _summed_rows(
 ) -> str:
     """float32 [batch, length, width], summed over the planes of the rows looked up; Add knows no int8."""
     left, current = values.astype(np.int16) - layers[0].low, ""
-    for number, plane in enumerate(layers):
+    for place, plane in enumerate(layers):
         part = (plane.low + plane.step * (left // plane.step % (1 << plane.size))).astype(np.int8)
-        stored = draft.constant(f"{name}.codes.{number}", _pack(part, plane))
-        rows = _rows(draft, stored, ids, values.shape[1], plane, f"{output}.plane{number}", np.float32)
-        current = draft.add("Add", [current, rows], f"{output}.sum{number}") if current else rows
+        stored = draft.constant(f"{name}.codes.{place}", _pack(part, plane))
+        rows = _rows(draft, stored, ids, values.shape[1], plane, f"{output}.plane{place}")
+        current = draft.add("Add", [current, rows], f"{output}.sum{place}") if current else rows
     return current
 
 
-def _rows(draft: Draft, stored: str, ids: str, width: int, how: Grid, output: str, kind: type = np.int8) -> str:
-    """Integers [batch, length, width], as `kind`, of a table's rows as they lie in the file."""
+def _rows(draft: Draft, stored: str, ids: str, width: int, how: Grid, output: str) -> str:
+    """Integers as float32 [batch, length, width] of a table's rows as they lie in the file."""
     current = draft.add("Gather", [stored, ids], f"{output}.rows")
-    if how.size == 8:
-        return current
-    spread = _spread(draft, current, how, output, kind)  # [batch, length, bytes, per byte]
-    current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
-    return _cut(draft, current, width, 2, f"{output}.cut") if width % how.per_byte else current
+    if how.size < 8:
+        spread = _spread(draft, current, how, output)  # [batch, length, bytes, per byte]
+        current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
+        current = _cut(draft, current, width, 2, f"{output}.cut") if width % how.per_byte else current
+    return draft.add("Cast", [current], f"{output}.float", to=TensorProto.FLOAT)
+
+
+def _pack_with_tail(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[rows, n] of 4, 6 or 7 bits -> [rows, ceil(n / 8) * bits] bytes.
+
+    The first values of a row lie in the lower bits of a byte each; what is left over above them holds the rest, every value
+    in bits / (8 - bits) bytes that follow each other, its lowest bits first.
+    """
+    over = 8 - bits
+    padded = np.pad(stored, ((0, 0), (0, -stored.shape[1] % 8)))
+    size = padded.shape[1] * bits // 8
+    digits = padded[:, size:, None] >> (over * np.arange(bits // over, dtype=np.uint8)) & ((1 << over) - 1)
+    return np.asarray(padded[:, :size] | digits.reshape(len(stored), size) << bits, np.uint8)
+
+
+def _rows_with_tail(draft: Draft, ids: str, name: str, values: NDArray[np.int8], bits: int, output: str) -> str:
+    """Integers as float32 [batch, length, width] of a table that `_pack_with_tail` has packed, -2^(bits-1) being the lowest.
+
+    Rounding (byte - (2^bits - 1) / 2) / 2^bits gives the upper bits, since nothing lies half-way; what they stand for is
+    taken off the byte, and makes the rest of the row.
+    """
+    half, width = 1 << (bits - 1), values.shape[1]
+    stored = draft.constant(f"{name}.codes", _pack_with_tail((values.astype(np.int16) + half).astype(np.uint8), bits))
+    rows = draft.add("Gather", [stored, ids], f"{output}.rows")
+    top, none = number(draft, 2 * half), draft.constant("uint8.0", np.array(0, np.uint8))
+    centre = draft.constant(f"uint8.{half}", np.array(half, np.uint8))
+    moved = draft.add("DequantizeLinear", [rows, number(draft, 1), centre], f"{output}.moved")  # byte - half
+    between = draft.add("Add", [moved, number(draft, 0.5)], f"{output}.between")
+    upper = draft.add("QuantizeLinear", [between, top, none], f"{output}{UPPER}")
+    carried = draft.add("DequantizeLinear", [upper, top, none], f"{output}.carried")
+    first = draft.add("Sub", [moved, carried], f"{output}.first")
+    digits, tail = bits // (8 - bits), -(-width // 8) * (8 - bits)
+    weights = 2.0 ** ((8 - bits) * np.arange(digits) - bits)[:, None]
+    powers = draft.constant(f"powers.{bits}", weights.astype(np.float32))
+    groups = draft.add(
+        "Reshape", [carried, draft.shape(-1, digits)], f"{output}.groups"
+    )  # a product of matrices is fast
+    flat = draft.add("MatMul", [groups, powers], f"{output}.flat")
+    shape = draft.add(
+        "Concat", [draft.add("Shape", [ids], f"{output}.lead"), draft.shape(tail)], f"{output}.shape", axis=0
+    )
+    rest = draft.add("Reshape", [flat, shape], f"{output}.rest")
+    rest = draft.add("Sub", [rest, number(draft, half)], f"{output}.tail")
+    current = draft.add("Concat", [first, rest], f"{output}.whole", axis=-1)
+    return _cut(draft, current, width, 2, f"{output}.cut") if width % 8 else current
 
 
 def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output: str, tied: bool = False) -> str:
@@ -252,12 +314,13 @@ def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output:
     """
     values, zero = integers(codes)
     width = values.shape[1]
-    if tied or len(layers := planes(codes)) == 1:
+    if tied or codes.info.bits == 8:
         stored = table_bytes(draft, name, values, codes)
         current = _rows(draft, stored, ids, width, grid(codes), f"{output}.int8")
-        current = draft.add("Cast", [current], f"{output}.float", to=TensorProto.FLOAT)
+    elif codes.info.bits in WITH_TAIL:
+        current = _rows_with_tail(draft, ids, name, values, codes.info.bits, f"{output}.int8")
     else:
-        current = _summed_rows(draft, ids, name, values, layers, output)
+        current = _summed_rows(draft, ids, name, values, planes(codes), output)
     groups = _groups(codes)
     if groups > 1:
         current = draft.add("Reshape", [current, draft.shape(0, 0, groups, width // groups)], f"{output}.groups")
@@ -288,13 +351,14 @@ def _pack(values: NDArray[np.int8], how: Grid) -> NDArray[np.uint8]:
     return packed
 
 
-def _spread(draft: Draft, packed: str, how: Grid, output: str, kind: type = np.int8) -> str:
-    """uint8 [...] -> `kind` [..., per byte] by looking every byte up in a table."""
+def _spread(draft: Draft, packed: str, how: Grid, output: str) -> str:
+    """uint8 [...] -> int8 [..., per byte] by looking every byte up in a table."""
     stored = (np.arange(256)[:, None] >> (how.size * np.arange(how.per_byte))) & (2**how.size - 1)
-    table = (how.low + how.step * stored).astype(kind)
+    table = (how.low + how.step * stored).astype(np.int8)
     index = draft.add("Cast", [packed], f"{output}.index", to=TensorProto.INT32)
-    name = f"table.{how.size}.{how.low}.{how.step}.{table.dtype}"
-    return draft.add("Gather", [draft.constant(name, table), index], f"{output}.spread")
+    return draft.add(
+        "Gather", [draft.constant(f"table.{how.size}.{how.low}.{how.step}", table), index], f"{output}.spread"
+    )
 
 
 def _cut(draft: Draft, x: str, length: int, axis: int, output: str) -> str:

@@ -1,6 +1,6 @@
 """Linears whose inputs are rounded to a fixed grid, or to one for every token: the QDQ form.
 
-    x -> Mul(1 / smooth) -> Flatten -> QuantizeLinear -> DequantizeLinear -> Gemm
+    x -> Mul(1 / smooth) -> Add(-shift / smooth) -> Flatten -> QuantizeLinear -> DequantizeLinear -> Gemm
                                                  int8 [in, out] -> DequantizeLinear -> Gemm
                                                       int32 bias -> DequantizeLinear -> Gemm
 
@@ -9,9 +9,9 @@ a sum of its own the bias would cost 3 of 25 ms (all-MiniLM-L6-v2, 1 x 128): Gel
 scale for every token is not something these operators know; dividing a token by its scale before a grid of step 1, and
 multiplying what comes out, is the same.
 
-Outlier channels, whose integers are zero, are picked by a product with ones (onnxruntime's Gather takes ten times as long on
-the last axis), multiplied in float and added. Linears that read one tensor with the same smoothing and the same grid (q, k and v)
-share all of it.
+Outlier channels, whose integers are zero, are picked by a slice where they are the first ones, else by a product with ones
+(onnxruntime's Gather takes ten times as long on the last axis), multiplied in float and added. Linears that read one tensor
+with the same smoothing and the same grid (q, k and v) share all of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from flyweight.engines.onnx_integer import Draft, linear_integers
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
+from flyweight.models.codes import dequantize
 
 __all__ = ["rounded_linear", "smoothed", "with_outliers"]
 
@@ -44,6 +45,10 @@ def rounded_linear(
             f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
         )
     inner = smoothed(draft, x, codes)
+    if activations == "static" and codes.input_shift is not None:
+        inner = _shifted(draft, inner, codes)
+        moved = _of_shift(codes)
+        bias = (f"{name}.of_shift", moved) if bias is None else (f"{bias[0]}.shifted", bias[1] + moved)
     if activations == "static" and bias is not None and codes.info.bits >= FINE:
         product = output if codes.outliers is None else f"{output}.integers"
         _biased(draft, x, inner, name, codes, bias, product)
@@ -75,10 +80,9 @@ def _biased(draft: Draft, x: str, inner: str, name: str, codes: Codes, bias: Bia
         draft.add("Flatten", [inner], rows, axis=-1)
     values = _on_grid(draft, rows, scale, zero)
     product = draft.add("Gemm", [values, _weight(draft, name, codes), added], f"{output}.rows")
-    lead, out = f"{x}.lead", codes.info.shape[0]
+    lead, out = f"lead.{draft.leads.get(x, x)}", codes.info.shape[0]
     if not draft.has(lead):
-        shape = draft.add("Shape", [x], f"{x}.shape")
-        draft.add("Slice", [shape, draft.shape(0), draft.shape(-1), draft.shape(0)], lead)
+        draft.add("Shape", [x], lead, end=-1)
     wanted = f"{lead}.{out}"
     if not draft.has(wanted):
         draft.add("Concat", [lead, draft.shape(out)], wanted, axis=0)
@@ -102,6 +106,25 @@ def smoothed(draft: Draft, x: str, codes: Codes) -> str:
     return output if draft.has(output) else draft.add("Mul", [x, draft.constant(f"smooth.{key}", factor)], output)
 
 
+def _shifted(draft: Draft, smoothed_x: str, codes: Codes) -> str:
+    """x / smooth - shift / smooth, from x / smooth."""
+    assert codes.input_shift is not None
+    shift = codes.input_shift if codes.smooth is None else codes.input_shift / codes.smooth
+    values = (-shift).cpu().numpy().astype(np.float32)
+    key = _key(values)
+    output = f"{smoothed_x}.shifted.{key}"
+    if draft.has(output):
+        return output
+    return draft.add("Add", [smoothed_x, draft.constant(f"shift.{key}", values)], output)
+
+
+def _of_shift(codes: Codes) -> NDArray[np.float32]:
+    """[out]: what the shift, 0 at outlier channels, gives when it is multiplied by the rounded weight."""
+    assert codes.input_shift is not None
+    found: NDArray[np.float32] = (dequantize(codes).double() @ codes.input_shift.double()).float().cpu().numpy()
+    return found
+
+
 def with_outliers(draft: Draft, x: str, name: str, codes: Codes, product: str, output: str) -> str:
     """`product` + the outlier channels of x times their float weights; `product` itself where there are none."""
     if codes.outliers is None or codes.outlier_values is None:
@@ -109,10 +132,17 @@ def with_outliers(draft: Draft, x: str, name: str, codes: Codes, product: str, o
     places = codes.outliers.cpu().numpy()
     key = _key(places)
     chosen = f"{x}.outliers.{key}"
-    if not draft.has(chosen):
-        one_hot = np.zeros((codes.info.shape[1], len(places)), np.float32)
-        one_hot[places, np.arange(len(places))] = 1
-        draft.add("MatMul", [x, draft.constant(f"outliers.{key}", one_hot)], chosen)
+    if not draft.has(chosen) and places.tolist() == list(range(len(places))):
+        draft.add("Slice", [x, draft.shape(0), draft.shape(len(places)), draft.shape(-1)], chosen)
+    elif not draft.has(chosen):
+        stored = draft.constant(f"outliers.{key}", places.astype(np.int64))
+        width = draft.constant(f"width.{codes.info.shape[1]}", np.array(codes.info.shape[1], np.int64))
+        one_hot = f"outliers.{key}.one_hot"  # made at load
+        if not draft.has(one_hot):
+            draft.add(
+                "OneHot", [stored, width, draft.constant("off.on", np.array([0, 1], np.float32))], one_hot, axis=0
+            )
+        draft.add("MatMul", [x, one_hot], chosen)
     values = draft.constant(f"{name}.outlier_values", np.ascontiguousarray(codes.outlier_values.cpu().numpy().T))
     return draft.add("Add", [product, draft.add("MatMul", [chosen, values], f"{output}.rest")], output)
 

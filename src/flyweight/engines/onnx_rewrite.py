@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, helper, numpy_helper
 
-from flyweight.engines.onnx_integer import Draft, quantized_embedding, quantized_linear
+from flyweight.engines.onnx_integer import OPSET, Draft, quantized_embedding, quantized_linear
 from flyweight.engines.onnx_nbits import weights_only_linear
 from flyweight.engines.onnx_qdq import rounded_linear, smoothed, with_outliers
 from flyweight.errors import ExportError
@@ -55,7 +55,7 @@ class _Rewriter:
         activations: str,
     ) -> None:
         self.graph, self.weights, self.quantized, self.activations = graph, weights, quantized, activations
-        self.draft = Draft()
+        self.draft = Draft(leads=_leads(graph))
         self.same: dict[str, str] = {}
         self.turned: dict[str, str] = {}
         self.readers: dict[str, set[str]] = {}
@@ -139,7 +139,7 @@ class _Rewriter:
         if self.activations == "dynamic":
             x = smoothed(self.draft, linear.x, codes)
             inner = product if codes.outliers is None else f"{product}.integers"
-            quantized_linear(self.draft, x, name, codes, True, inner)
+            quantized_linear(self.draft, x, name, codes, inner)
             with_outliers(self.draft, linear.x, name, codes, inner, product)
         elif self.activations == "token" or codes.input_scale is not None:
             added = self._added(linear)
@@ -196,6 +196,17 @@ class _Rewriter:
         if not self.draft.has(output):
             self.draft.add("Transpose", [self._name(weight)], output, perm=[1, 0])
         return output
+
+
+def _leads(graph: onnx.GraphProto) -> dict[str, str]:
+    """{value: a name for its axes but the last} where sizes are known, be it by a symbol; equal names are equal sizes."""
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+    found = {}
+    for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info:
+        sizes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim[:-1]]
+        if sizes and all(sizes):
+            found[value.name] = ".".join(map(str, sizes))
+    return found
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

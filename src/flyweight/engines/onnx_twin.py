@@ -13,14 +13,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from flyweight.engines.onnx_integer import UPPER
 from flyweight.engines.onnx_nbits import with_level
 
 __all__ = ["write_float_twin"]
 
 
 def write_float_twin(source: Path, target: Path) -> None:
-    """Every DynamicQuantizeLinear passes its input on with scale 1, every QuantizeLinear and what undoes it as it is; every
-    MatMulInteger multiplies floats."""
+    """Every DynamicQuantizeLinear passes its input on with scale 1, every QuantizeLinear of activations and what undoes it as it
+    is; every MatMulInteger multiplies floats."""
     model = onnx.load(str(source))
     nodes: list[onnx.NodeProto] = []
     floats: set[str] = set()
@@ -30,7 +31,7 @@ def write_float_twin(source: Path, target: Path) -> None:
             one = numpy_helper.from_array(np.array(1, np.float32))
             nodes.append(helper.make_node("Identity", [node.input[0]], [values]))
             nodes.append(helper.make_node("Constant", [], [scale], value=one))
-        elif node.op_type == "QuantizeLinear":
+        elif node.op_type == "QuantizeLinear" and not node.output[0].endswith(UPPER):
             nodes.append(helper.make_node("Identity", [node.input[0]], [node.output[0]]))
             floats.add(node.output[0])
         elif node.op_type == "DequantizeLinear" and node.input[0] in floats:

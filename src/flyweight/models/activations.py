@@ -98,7 +98,7 @@ Rounding = Callable[["Tensor"], "Tensor"]
 
 
 def _rounding(codes: Codes, activations: str) -> Rounding | None:
-    """What happens to x / smooth, or None where the input stays in float."""
+    """What happens to (x - shift) / smooth, or None where the input stays in float."""
     if activations == "dynamic":
         return fake_quantize
     if activations == "token":
@@ -112,12 +112,16 @@ def _round_input(codes: Codes, how: Rounding, module: nn.Module, inputs: tuple[A
     """The input whose product with the (dequantized) weight is what the engine computes; outliers pass as they are."""
     x = inputs[0]
     smooth = codes.smooth.to(x.device) if codes.smooth is not None else None
-    inner = x if smooth is None else x / smooth
+    shift = codes.input_shift.to(x.device) if codes.input_shift is not None else None
+    inner = x if shift is None else x - shift
+    inner = inner if smooth is None else inner / smooth
     if codes.outliers is not None:  # the engine sees zeros there
         inner = inner.index_fill(-1, codes.outliers.to(x.device), 0)
     rounded = how(inner)
     if smooth is not None:
         rounded = rounded * smooth
+    if shift is not None:
+        rounded = rounded + shift
     if codes.outliers is not None:
         where = codes.outliers.to(x.device)
         rounded = rounded.index_copy(-1, where, x.index_select(-1, where))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONAL", "Bundle", "Codes"]
 
-OPTIONAL = ("zero_point", "smooth", "outliers", "outlier_values", "input_scale", "input_zero_point")
+OPTIONAL = ("zero_point", "smooth", "outliers", "outlier_values", "input_scale", "input_zero_point", "input_shift")
 """Parts of Codes, all tensors, that may be None and are stored as they are."""
 
 
@@ -24,7 +24,8 @@ class Codes:
     """One weight as integers; `flyweight.models.codes` turns them back.
 
     weight ~ integers * scale / smooth, but the columns named by `outliers` are `outlier_values`. A linear computes
-    ((x / smooth), rounded to the input's grid, 0 at outliers) @ (integers * scale)^T + x[outliers] @ outlier_values^T
+    (((x - input_shift) / smooth), rounded to the input's grid, 0 at outliers) @ (integers * scale)^T
+    + input_shift @ weight^T + x[outliers] @ outlier_values^T
 
     info:       shape, bits and layout
     codes:      [out, in] uint8, 0 .. 2^bits - 1 (symmetric grids: the integer + 2^(bits-1); binary: 0 = -1, 1 = +1)
@@ -34,8 +35,9 @@ class Codes:
     smooth:     [in] float32 above 0, or None (SmoothQuant, Xiao et al. 2023, eq. 3; AWQ, Lin et al. 2024, eq. 4)
     outliers:   [n] int64 ascending, input channels that stay in float (LLM.int8, Dettmers et al. 2022), or None
     outlier_values: [out, n] float32, their weights; the codes there mean zero
-    input_scale, input_zero_point: [1] float32 and [1] uint8, the fixed grid of x / smooth; None where it is taken at run time
-                or the input stays in float
+    input_scale, input_zero_point: [1] float32 and [1] uint8, the fixed grid of (x - input_shift) / smooth; None where it is
+                taken at run time or the input stays in float
+    input_shift: [in] float32, 0 at outliers, or None: what is taken off every channel before a fixed grid
     """
 
     info: QuantizedTensor
@@ -48,6 +50,7 @@ class Codes:
     outlier_values: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    input_shift: Tensor | None = None
 
 
 @dataclass

@@ -57,6 +57,7 @@ def described(codes: Codes) -> Codes:
             "smooth": codes.smooth is not None,
             "outliers": 0 if codes.outliers is None else len(codes.outliers),
             "static": codes.input_scale is not None,
+            "shifted": codes.input_shift is not None,
         }
     )
     return replace(codes, info=info)

@@ -6,7 +6,8 @@ model.safetensors holds every weight once, under the model's own name (tied ones
 - pruned:    `NAME.bitmask` (1 bit a weight, row by row) and `NAME.values` (what is not zero, in that order)
 - quantized: `NAME.codes` (k bits each, row by row of [out, in]), `NAME.scale` float32 and, for asymmetric grids,
              `NAME.zero_point` uint8; where flyweight.json says so `NAME.smooth`, `NAME.outliers` and
-             `NAME.outlier_values`, `NAME.input_scale` and `NAME.input_zero_point` (`models.bundle.Codes`)
+             `NAME.outlier_values`, `NAME.input_scale`, `NAME.input_zero_point` and `NAME.input_shift`
+             (`models.bundle.Codes`)
 - both:      `NAME.bitmask` over [out, in], and `NAME.codes` of the kept weights only
 
 Where all quantized weights fit (`models.pack_quantized`), they are stored as compressed-tensors has them instead, so that
@@ -252,6 +253,7 @@ def _unpack_codes(name: str, info: QuantizedTensor, take: Any, sparse: bool) -> 
         "outlier_values": bool(info.outliers),
         "input_scale": info.static,
         "input_zero_point": info.static,
+        "input_shift": info.shifted,
     }
     parts = {part: take(f"{name}.{part}") for part, there in present.items() if there}
     codes = Codes(info, torch.empty(0), take(f"{name}.scale"), parts.pop("zero_point", None), **parts)

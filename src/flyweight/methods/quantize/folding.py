@@ -4,6 +4,8 @@ A norm that feeds these linears and nothing else, as before the sum in LLaMA and
 attention mixes tokens and not channels; the rows of up for those of down, where what is between is linear in them (a gated
 MLP) or commutes with a factor above zero (ReLU). After the sum (BERT) a norm also feeds the residual. Whether a pair holds is
 tried on the block itself.
+
+And in what order the neurons of an MLP stand, which is free: what is picked from neurons that stand together is a slice.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from flyweight.models import surgery
 if TYPE_CHECKING:
     from flyweight.calibration import Block, Site
     from flyweight.methods.quantize.work import Work
+    from flyweight.models.bundle import Codes
 
-__all__ = ["Source", "fold", "source_of"]
+__all__ = ["Source", "fold", "neurons", "put_first", "source_of"]
 
 
 class Source(NamedTuple):
@@ -49,15 +52,70 @@ def fold(work: Work, site: Site, source: Source, factors: Tensor) -> None:
     if target is None or codes is None:
         _divide(source, factors)
     else:  # integers stay: what changes is the scale of their rows
-        scale = codes.scale.clone()
-        scale[source.rows] /= factors[:, None].to(scale.device)
-        kept = work.floats[target.parameter]
-        kept[source.rows] /= factors[:, None].to(kept.device)
+        parts = {part: getattr(codes, part) for part in ("scale", "outlier_values")}
+        divided = {part: value.clone() for part, value in parts.items() if value is not None}
+        for value in (*divided.values(), work.floats[target.parameter]):
+            value[source.rows] /= factors[:, None].to(value.device)
         _divide(source, factors, weight=False)
-        work.put(target, replace(codes, scale=scale))
+        work.put(target, replace(codes, **divided))
+    if source.name in work.biases:
+        work.biases[source.name][source.rows] /= factors
     with torch.no_grad():
         for module in site.linears.values():
             surgery.weight_2d(module).mul_(factors)
+
+
+def neurons(work: Work, block: Block, site: Site) -> list[str]:
+    """Full names of the linears whose outputs are the neurons that the site reads; none where it reads something else.
+
+    None either where pruned weights go by groups of neighbours, which another order would tear apart.
+    """
+    stack = surgery.stacks(work.bundle.model, work.bundle.family)[block.stack]
+    ups, down = surgery.mlp_linears(block.module, stack)
+    if down not in site.linears.values() or any(
+        work.targets[name].parameter in work.bundle.sparse for name in site.linears if name in work.targets
+    ):
+        return []
+    found = [f"{block.name}.{name}" for name, module in block.module.named_modules() if any(module is up for up in ups)]
+    return found if len(found) == len(ups) else []
+
+
+@torch.no_grad()
+def put_first(work: Work, site: Site, ups: list[str], first: Tensor) -> Tensor:
+    """Give the neurons another order, `first` [n] before all others; the site's linears are not rounded so far.
+
+    Returns the order [neurons]: which one stands where.
+    """
+    width = site.width
+    rest = torch.ones(width, dtype=torch.bool, device=first.device)
+    rest[first] = False
+    order = torch.cat([first, rest.nonzero().flatten()])
+    for name in ups:
+        module = work.bundle.model.get_submodule(name)
+        parts = len(surgery.weight_2d(module)) // width  # gate and up in one matrix
+        rows = torch.cat([order + part * width for part in range(parts)])
+        weight = surgery.weight_2d(module)
+        weight.copy_(weight[rows])
+        if isinstance(module.bias, nn.Parameter):
+            module.bias.copy_(module.bias[rows])
+        if name in work.biases:
+            work.biases[name] = work.biases[name][rows]
+        target = work.targets.get(name)
+        if target is not None and target.parameter in work.codes:
+            work.floats[target.parameter] = work.floats[target.parameter][rows.cpu()]
+            work.put(target, _rows(work.codes[target.parameter], rows))
+    for module in site.linears.values():
+        weight = surgery.weight_2d(module)
+        weight.copy_(weight[:, order])
+    return order
+
+
+def _rows(codes: Codes, rows: Tensor) -> Codes:
+    """The same weight, its rows in another order."""
+    parts = {part: getattr(codes, part) for part in ("codes", "scale", "zero_point", "mask", "outlier_values")}
+    return replace(
+        codes, **{part: value[rows] for part, value in parts.items() if value is not None and len(value) == len(rows)}
+    )
 
 
 def _candidates(work: Work, block: Block, site: Site) -> Iterator[Source]:

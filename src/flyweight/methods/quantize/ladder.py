@@ -111,7 +111,7 @@ def _rungs(work: Work, targets: list[Target], made: Mapping[str, Codes]) -> list
             least = "at least " if max(bits) > wider else ""
             rungs.append(Rung(f"{least}{wider} bits", last))
     if any(codes.input_scale is not None for codes in last.values()):
-        free = {name: replace(codes, input_scale=None, input_zero_point=None) for name, codes in last.items()}
+        free = {name: _free(codes) for name, codes in last.items()}
         rungs.append(Rung(f"{rungs[-1].name}, inputs in float", free))
     return [*rungs, Rung("float", dict.fromkeys(made))]
 
@@ -135,7 +135,13 @@ def widened(work: Work, target: Target, codes: Codes, bits: int) -> Codes:
         outlier_values=codes.outlier_values,
         input_scale=codes.input_scale,
         input_zero_point=codes.input_zero_point,
+        input_shift=codes.input_shift,
     )
+
+
+def _free(codes: Codes) -> Codes:
+    """The same weight, its inputs in float."""
+    return replace(codes, input_scale=None, input_zero_point=None, input_shift=None)
 
 
 def climb(work: Work, unit: Unit, rung: int) -> None:

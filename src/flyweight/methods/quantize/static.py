@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flyweight.calibration import Site, walk
+from flyweight.calibration import Block, Site, walk
+from flyweight.methods.quantize.folding import fold, neurons, put_first, source_of
 from flyweight.methods.quantize.gptq import factor, solved
 from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.smooth import Input, Search
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flyweight.methods.quantize.work import Target, Work
+    from flyweight.models.bundle import Codes
 
 __all__ = ["input_grids", "smooth_and_round"]
 
@@ -39,11 +42,23 @@ def smooth_and_round(work: Work) -> None:
     Smoothed weights are rounded to the nearest point, or by GPTQ on the rounded inputs. Raises StepError without texts.
     """
     settings, rows = work.settings, []
-    for site, targets, inputs in _sites(work):
+    work.keep_biases()
+    for block, site, targets, inputs in _sites(work):
         whole = torch.cat([work.weight(target) for target in targets])
-        search = Search(inputs, whole, min(target.grid.bits for target in targets), work.context.seed)
+        source = source_of(work, block, site) if settings.smooth else None
+        search = Search(
+            inputs, whole, min(target.grid.bits for target in targets), work.context.seed, source is not None
+        )
         exact = any(target.grid.scheme == "binary" for target in targets)  # a grid without zero leaves no channel out
-        how = search.best(settings.ranges, settings.smooth, 0 if exact else settings.outliers)
+        how = search.best(settings.ranges, settings.smooth, 0 if exact else settings.outliers, _movable(work, targets))
+        rows.append(_row(site, how))
+        if source is not None and how.smooth is not None:
+            fold(work, site, source, how.smooth)
+            inputs, how = inputs / how.smooth, how.folded()
+        ups = [] if how.outliers is None else neurons(work, block, site)
+        if how.outliers is not None and ups:
+            order = put_first(work, site, ups, how.outliers)
+            inputs, how = inputs[:, order], how.ordered(order)
         seen = how.apply(inputs).double() if settings.method == "gptq" else None
         made = None if seen is None else factor(seen.t() @ seen / len(seen), settings.damping, site.name)
         for target in targets:
@@ -56,15 +71,15 @@ def smooth_and_round(work: Work) -> None:
                 )
             values = None if how.outliers is None else weight[:, how.outliers].contiguous()
             codes = replace(codes, smooth=how.smooth, outliers=how.outliers, outlier_values=values)
-            work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point))
-        rows.append(_row(site, how))
+            _put(work, target, codes, how)
     work.notes["inputs"] = rows
 
 
 def input_grids(work: Work) -> None:
     """Give input grids to codes that another method has put; its weights and smoothing stay as they are."""
     rows = []
-    for site, targets, inputs in _sites(work):
+    work.keep_biases()
+    for _, site, targets, inputs in _sites(work):
         some = [target for target in targets if target.parameter in work.codes]
         if not some:
             continue
@@ -72,23 +87,39 @@ def input_grids(work: Work) -> None:
         divided = inputs if smooth is None else inputs / smooth
         weights = [dequantize(work.codes[target.parameter]) for target in some]
         whole = torch.cat(weights if smooth is None else [weight * smooth for weight in weights])
-        how = Search(divided, whole, None, work.context.seed).best(work.settings.ranges, smooth=False, outliers=0)
+        search = Search(divided, whole, None, work.context.seed)
+        how = search.best(work.settings.ranges, smooth=False, outliers=0, shift=_movable(work, some))
+        if how.shift is not None and smooth is not None:
+            how = replace(how, shift=how.shift * smooth)
         for target in some:
-            codes = work.codes[target.parameter]
-            work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point))
+            _put(work, target, work.codes[target.parameter], how)
         rows.append(_row(site, how))
     work.notes["inputs"] = rows
 
 
-def _sites(work: Work) -> Iterator[tuple[Site, list[Target], Tensor]]:
-    """(site, its targets, what they read [tokens, in]); what was put is rounded as the engine will for all later sites."""
+def _movable(work: Work, targets: list[Target]) -> bool:
+    """Whether every linear has a bias, which takes what a shift of the inputs gives."""
+    return work.settings.smooth and all(isinstance(target.owner.bias, nn.Parameter) for target in targets)
+
+
+def _put(work: Work, target: Target, codes: Codes, how: Input) -> None:
+    """Codes with the grid of the inputs. With a shift z the bias takes (W - W') z, so that z W^T is exact."""
+    work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point, input_shift=how.shift))
+    if how.shift is not None:
+        lost = work.weight(target) - dequantize(work.codes[target.parameter])
+        with torch.no_grad():
+            target.owner.get_parameter("bias").add_(lost @ how.shift)
+
+
+def _sites(work: Work) -> Iterator[tuple[Block, Site, list[Target], Tensor]]:
+    """(block, site, its targets, what they read [tokens, in]); what was put is rounded as the engine will for all later sites."""
     with ExitStack() as hooks:
         for block in walk(work.bundle, texts(work), work.context.progress):
             for site in block.sites:
                 targets = work.at(site)
                 if not targets:
                     continue
-                yield site, targets, _some(list(block.stream(site)), work.context.seed)
+                yield block, site, targets, _some(list(block.stream(site)), work.context.seed)
                 for target in targets:
                     if (codes := work.codes.get(target.parameter)) is not None:
                         hooks.enter_context(rounding(target.owner, codes, "static"))
@@ -108,6 +139,7 @@ def _row(site: Site, how: Input) -> dict[str, object]:
     return {
         "site": site.name,
         "alpha": how.alpha,
+        "centre": how.centre,
         "outliers": 0 if how.outliers is None else len(how.outliers),
         "range": how.range,
         "error": round(how.error, 6),

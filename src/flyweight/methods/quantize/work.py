@@ -108,11 +108,11 @@ class Work:
         self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), weight)
 
     def keep_biases(self) -> None:
-        """Called before biases are corrected: a layer that falls back needs the one it had."""
+        """Called before biases are changed: a layer that falls back needs the one it had."""
         for target in self.targets.values():
             bias = getattr(target.owner, "bias", None)
             if bias is not None:
-                self.biases[target.module] = bias.detach().clone()
+                self.biases.setdefault(target.module, bias.detach().clone())
 
     def take_back(self, target: Target) -> None:
         """The float weight again."""
