@@ -36,8 +36,14 @@ def weights_only(bits: int, method: str, rest: str = "") -> Variant:
 INT8 = (
     Variant("int8-dynamic", "int8, dynamic", "--bits 8 --activations dynamic", (1.2, 5), True),
     Variant("int8-token", "int8, one scale a token", "--bits 8 --activations token", (1.2, 5), True),
-    Variant("int8-static", "int8, static", "--bits 8 --activations static", (2, 8), True),
-    Variant("int8-static-gptq", "int8, static, GPTQ", "--bits 8 --activations static --method gptq", (3, 10), True),
+    Variant(
+        "int8-static",
+        "int8, static, GPTQ, tables of 7 bits",
+        "--bits 8 --activations static --method gptq --embeddings 7",
+        (3, 10),
+        True,
+    ),
+    Variant("int8-static-nearest", "int8, static, round to nearest", "--bits 8 --activations static", (2, 8), True),
 )
 FOUR = tuple(weights_only(4, method, TABLES)._replace(timed=method == "gptq") for method in LADDER)
 THREE = tuple(weights_only(3, method) for method in LADDER)

@@ -34,6 +34,7 @@ __all__ = [
     "UPPER",
     "Draft",
     "Grid",
+    "Rows",
     "float_weight",
     "grid",
     "integers",
@@ -47,11 +48,20 @@ __all__ = [
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.13 and later read it
 
 
+class Rows(NamedTuple):
+    """A value [..., width] as a matrix [rows, width]. source: a value of the same shape but for the last axis"""
+
+    matrix: str
+    source: str
+    width: int
+
+
 @dataclass
 class Draft:
     """A graph being written, in execution order. `inputs` of `add` are names; "" leaves an optional one out.
 
     tables: quantized weights that lookups read; a linear tied to one takes its integers from there
+    rows:   values that are there as matrices (`engines.onnx_rows`); pending: of these, the ones that are nothing else
     leads:  {name of a value: a name for all of its axes but the last}, the same for values that have these in common
     """
 
@@ -60,6 +70,8 @@ class Draft:
     outputs: set[str] = field(default_factory=set)
     quantized_inputs: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    pending: set[str] = field(default_factory=set)
     leads: dict[str, str] = field(default_factory=dict)
 
     def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
@@ -265,13 +277,13 @@ def _rows(draft: Draft, stored: str, ids: str, width: int, how: Grid, output: st
 def _pack_with_tail(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """[rows, n] of 4, 6 or 7 bits -> [rows, ceil(n / 8) * bits] bytes.
 
-    The first values of a row lie in the lower bits of a byte each; what is left over above them holds the rest, every value
-    in bits / (8 - bits) bytes that follow each other, its lowest bits first.
+    The first values of a row lie in the lower bits of a byte each; what is left over above them holds the rest: first the lowest
+    bits of all of them, then the next.
     """
     over = 8 - bits
     padded = np.pad(stored, ((0, 0), (0, -stored.shape[1] % 8)))
     size = padded.shape[1] * bits // 8
-    digits = padded[:, size:, None] >> (over * np.arange(bits // over, dtype=np.uint8)) & ((1 << over) - 1)
+    digits = padded[:, None, size:] >> (over * np.arange(bits // over, dtype=np.uint8))[:, None] & ((1 << over) - 1)
     return np.asarray(padded[:, :size] | digits.reshape(len(stored), size) << bits, np.uint8)
 
 
@@ -294,14 +306,9 @@ def _rows_with_tail(draft: Draft, ids: str, name: str, values: NDArray[np.int8],
     digits, tail = bits // (8 - bits), -(-width // 8) * (8 - bits)
     weights = 2.0 ** ((8 - bits) * np.arange(digits) - bits)[:, None]
     powers = draft.constant(f"powers.{bits}", weights.astype(np.float32))
-    groups = draft.add(
-        "Reshape", [carried, draft.shape(-1, digits)], f"{output}.groups"
-    )  # a product of matrices is fast
-    flat = draft.add("MatMul", [groups, powers], f"{output}.flat")
-    shape = draft.add(
-        "Concat", [draft.add("Shape", [ids], f"{output}.lead"), draft.shape(tail)], f"{output}.shape", axis=0
-    )
-    rest = draft.add("Reshape", [flat, shape], f"{output}.rest")
+    groups = draft.add("Reshape", [carried, draft.shape(0, 0, digits, tail)], f"{output}.groups")
+    parts = draft.add("Mul", [groups, powers], f"{output}.parts")
+    rest = draft.add("ReduceSum", [parts, draft.shape(2)], f"{output}.rest", keepdims=0)
     rest = draft.add("Sub", [rest, number(draft, half)], f"{output}.tail")
     current = draft.add("Concat", [first, rest], f"{output}.whole", axis=-1)
     return _cut(draft, current, width, 2, f"{output}.cut") if width % 8 else current

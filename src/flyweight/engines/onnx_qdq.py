@@ -1,6 +1,6 @@
 """Linears whose inputs are rounded to a fixed grid, or to one for every token: the QDQ form.
 
-    x -> Mul(1 / smooth) -> Add(-shift / smooth) -> Flatten -> QuantizeLinear -> DequantizeLinear -> Gemm
+    x [rows, in] -> Mul(1 / smooth) -> Add(-shift / smooth) -> QuantizeLinear -> DequantizeLinear -> Gemm
                                                  int8 [in, out] -> DequantizeLinear -> Gemm
                                                       int32 bias -> DequantizeLinear -> Gemm
 
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flyweight.engines.onnx_integer import Draft, linear_integers
+from flyweight.engines.onnx_rows import put_rows, rows_of, whole
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 from flyweight.models.codes import dequantize
@@ -44,49 +45,46 @@ def rounded_linear(
         raise ExportError(
             f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
         )
-    inner = smoothed(draft, x, codes)
     if activations == "static" and codes.input_shift is not None:
-        inner = _shifted(draft, inner, codes)
         moved = _of_shift(codes)
         bias = (f"{name}.of_shift", moved) if bias is None else (f"{bias[0]}.shifted", bias[1] + moved)
     if activations == "static" and bias is not None and codes.info.bits >= FINE:
-        product = output if codes.outliers is None else f"{output}.integers"
-        _biased(draft, x, inner, name, codes, bias, product)
-        return with_outliers(draft, x, name, codes, product, output)
-    whole = output if bias is None else f"{output}.product"
-    product = f"{output}.integers"
+        return _biased(draft, x, name, codes, bias, output)
+    x = whole(draft, x)
+    inner, result = _moved(draft, x, codes), output if bias is None else f"{output}.product"
+    product = result if codes.outliers is None else f"{output}.integers"
     if activations == "token":
         values, size = _by_token(draft, inner)
-        draft.add("MatMul", [values, _weight(draft, name, codes)], f"{product}.rows")
-        draft.add("Mul", [f"{product}.rows", size], whole if codes.outliers is None else product)
+        draft.add("MatMul", [values, _weight(draft, name, codes)], f"{output}.steps")
+        draft.add("Mul", [f"{output}.steps", size], product)
     else:
-        values = _on_grid(draft, inner, *_grid(codes))
-        draft.add("MatMul", [values, _weight(draft, name, codes)], whole if codes.outliers is None else product)
-    if codes.outliers is not None:
-        with_outliers(draft, x, name, codes, product, whole)
-    return output if bias is None else draft.add("Add", [whole, draft.constant(*bias)], output)
+        draft.add("MatMul", [_on_grid(draft, inner, *_grid(codes)), _weight(draft, name, codes)], product)
+    with_outliers(draft, x, name, codes, product, result)
+    return output if bias is None else draft.add("Add", [result, draft.constant(*bias)], output)
 
 
-def _biased(draft: Draft, x: str, inner: str, name: str, codes: Codes, bias: Bias, output: str) -> str:
+def _biased(draft: Draft, x: str, name: str, codes: Codes, bias: Bias, output: str) -> str:
     """Product and bias in one integer Gemm, which knows matrices only. The bias is int32, in steps of both scales."""
     scale, zero = _grid(codes)
     steps = (scale * codes.scale.cpu().numpy()).astype(np.float32)
     steps = steps.reshape(()) if codes.info.granularity == "tensor" else steps.reshape(-1)
-    whole = np.clip(np.rint(bias[1].astype(np.float64) / steps), -(2**31), 2**31 - 1).astype(np.int32)
-    stored = draft.constant(f"{bias[0]}.int32", whole)
+    integers = np.clip(np.rint(bias[1].astype(np.float64) / steps), -(2**31), 2**31 - 1).astype(np.int32)
+    stored = draft.constant(f"{bias[0]}.int32", integers)
     added = draft.add("DequantizeLinear", [stored, draft.constant(f"{bias[0]}.scale", steps)], f"{output}.bias", axis=0)
-    rows = f"{inner}.rows"
-    if not draft.has(rows):
-        draft.add("Flatten", [inner], rows, axis=-1)
-    values = _on_grid(draft, rows, scale, zero)
-    product = draft.add("Gemm", [values, _weight(draft, name, codes), added], f"{output}.rows")
-    lead, out = f"lead.{draft.leads.get(x, x)}", codes.info.shape[0]
-    if not draft.has(lead):
-        draft.add("Shape", [x], lead, end=-1)
-    wanted = f"{lead}.{out}"
-    if not draft.has(wanted):
-        draft.add("Concat", [lead, draft.shape(out)], wanted, axis=0)
-    return draft.add("Reshape", [product, wanted], output)
+    out, width = codes.info.shape
+    rows, result = rows_of(draft, x, width), f"{output}.rows"
+    product = result if codes.outliers is None else f"{output}.integers"
+    values = _on_grid(draft, _moved(draft, rows.matrix, codes), scale, zero)
+    draft.add("Gemm", [values, _weight(draft, name, codes), added], product)
+    with_outliers(draft, rows.matrix, name, codes, product, result)
+    put_rows(draft, output, result, rows.source, out)
+    return output
+
+
+def _moved(draft: Draft, x: str, codes: Codes) -> str:
+    """(x - shift) / smooth"""
+    inner = smoothed(draft, x, codes)
+    return inner if codes.input_shift is None else _shifted(draft, inner, codes)
 
 
 def _grid(codes: Codes) -> tuple[np.float32, np.uint8]:

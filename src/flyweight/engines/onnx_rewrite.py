@@ -13,6 +13,7 @@ from onnx import AttributeProto, helper, numpy_helper
 from flyweight.engines.onnx_integer import OPSET, Draft, quantized_embedding, quantized_linear
 from flyweight.engines.onnx_nbits import weights_only_linear
 from flyweight.engines.onnx_qdq import rounded_linear, smoothed, with_outliers
+from flyweight.engines.onnx_rows import reshaped, sizes, token_by_token, whole
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 
@@ -79,6 +80,8 @@ class _Rewriter:
                 self.turned[node.output[0]] = node.input[0]
             else:
                 self._node(node)
+        for value in self.graph.output:
+            whole(self.draft, value.name)
         inputs = [value for value in self.graph.input if value.name not in self.weights]
         initializers = list(self.draft.initializers.values())
         return helper.make_graph(self.draft.nodes, "flyweight", inputs, list(self.graph.output), initializers)
@@ -114,33 +117,41 @@ class _Rewriter:
             self._quantized_linear(linear)
         elif node.op_type == "Gather" and node.input[0] in self.quantized:
             self._quantized_lookup(node)
+        elif node.op_type == "Shape" and not node.attribute and node.input[0] in self.draft.pending:
+            self.same[node.output[0]] = sizes(self.draft, node.input[0])
         else:
-            kept = onnx.NodeProto()
-            kept.CopyFrom(node)
-            del kept.input[:]
-            kept.input.extend(self._name(name) for name in node.input)
-            self.draft.nodes.append(kept)
+            self._kept(node)
+
+    def _kept(self, node: onnx.NodeProto) -> None:
+        inputs = [self._found(name) for name in node.input]
+        if token_by_token(self.draft, node, inputs) or reshaped(self.draft, node, inputs):
+            return
+        kept = onnx.NodeProto()
+        kept.CopyFrom(node)
+        del kept.input[:]
+        kept.input.extend(whole(self.draft, name) for name in inputs)
+        self.draft.nodes.append(kept)
 
     def _linear(self, node: onnx.NodeProto) -> Linear | None:
         """What `node` computes, where it multiplies by a weight from the right."""
         if node.op_type == "MatMul":
             weight = self.turned.get(node.input[1], node.input[1])
-            return Linear(self._name(node.input[0]), weight, None, node.output[0]) if weight in self.weights else None
+            return Linear(self._found(node.input[0]), weight, None, node.output[0]) if weight in self.weights else None
         if node.op_type == "Gemm" and node.input[1] in self.weights:
             given = _attributes(node)
             if given.get("alpha", 1) == given.get("beta", 1) == 1 and not given.get("transA", 0):
                 bias = node.input[2] if len(node.input) > 2 else None
-                return Linear(self._name(node.input[0]), node.input[1], bias, node.output[0])
+                return Linear(self._found(node.input[0]), node.input[1], bias, node.output[0])
         return None
 
     def _quantized_linear(self, linear: Linear) -> None:
         name, codes = linear.weight, self.quantized[linear.weight]
         product = linear.output if linear.bias is None else f"{linear.output}.product"
         if self.activations == "dynamic":
-            x = smoothed(self.draft, linear.x, codes)
+            x = whole(self.draft, linear.x)
             inner = product if codes.outliers is None else f"{product}.integers"
-            quantized_linear(self.draft, x, name, codes, inner)
-            with_outliers(self.draft, linear.x, name, codes, inner, product)
+            quantized_linear(self.draft, smoothed(self.draft, x, codes), name, codes, inner)
+            with_outliers(self.draft, x, name, codes, inner, product)
         elif self.activations == "token" or codes.input_scale is not None:
             added = self._added(linear)
             if added is not None:
@@ -151,8 +162,8 @@ class _Rewriter:
             rounded_linear(self.draft, linear.x, name, codes, self.activations, product)
         else:
             # few beside integer kernels (heads): as exact as can be
-            whole = self.activations == "static"
-            weights_only_linear(self.draft, linear.x, name, codes, product, whole)
+            exact = self.activations == "static"
+            weights_only_linear(self.draft, whole(self.draft, linear.x), name, codes, product, exact)
         if linear.bias is not None:
             self.draft.add("Add", [product, self._name(linear.bias)], linear.output)
 
@@ -176,7 +187,11 @@ class _Rewriter:
         quantized_embedding(self.draft, ids, name, self.quantized[name], node.output[0], tied)
 
     def _name(self, name: str) -> str:
-        """The draft's name of what the traced graph calls `name`; puts a float weight in where it is first read."""
+        """The draft's name of what the traced graph calls `name`, in its own shape."""
+        return whole(self.draft, self._found(name))
+
+    def _found(self, name: str) -> str:
+        """The same, be it there as a matrix alone; puts a float weight in where it is first read."""
         if name in self.turned:
             return self._turned(self.turned[name], name)
         if name not in self.weights:

@@ -29,7 +29,7 @@ Centre = Literal["zero", "middle", "mean"]
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COUNTS = (4, 8, 16, 24)
-PASS = 45  # a pass over floats takes as long for one number as so many products of an int8 kernel
+PASS = 60  # a pass over floats takes as long for one number as so many products of an int8 kernel
 PICK = 16  # channels that one pass over the input picks
 CLOSE = 1.03  # of two ways as good as each other the plainer one is taken
 WORTH = 2.0  # what makes a linear a tenth slower has to take a fifth off its error
