@@ -17,7 +17,7 @@ from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
 from flyweight.settings import QuantizeSettings
-from flyweight.tasks import task_named
+from flyweight.tasks import Task, task_named
 from tiny import SENTENCES
 
 TASK = task_named("embedding")
@@ -39,11 +39,11 @@ def texts(bundle: Bundle) -> Examples:
     return bundle.encoder._replace(truncate=True).examples(SENTENCES)
 
 
-def context(tmp_path: Path, calibration: Examples | None = None) -> Context:
+def context(tmp_path: Path, calibration: Examples | None = None, task: Task = TASK) -> Context:
     def none(*arguments: Any) -> Bundle:
         raise AssertionError("quantizing needs no other model")
 
-    return Context(task=TASK, seed=0, work=tmp_path, reference=none, load=none, calibration=calibration)
+    return Context(task=task, seed=0, work=tmp_path, reference=none, load=none, calibration=calibration)
 
 
 def settings_for(grid: Grid, method: str, **changes: Any) -> QuantizeSettings:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from flyweight.calibration import Site, calibrate, outside, walk
+from flyweight.calibration import Site, calibrate, walk
 from flyweight.errors import StepError
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
@@ -108,14 +108,6 @@ def test_solver_sees_errors_of_earlier_sites(tmp_path):
         for p in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
     ]
     assert sums[down] > 1.2 * before
-
-
-def test_outside_gives_the_heads_inputs(tmp_path):
-    bundle = load(str(tiny.write(tmp_path, "bert", labels=("bad", "good"))), task_named("text-classification"))
-    examples = texts(bundle)
-    head = bundle.model.classifier
-    found = [x for name, x in outside(bundle, examples, {"classifier": head}) if name == "classifier"]
-    assert torch.allclose(torch.cat(found), last_inputs(bundle, examples, head), atol=2e-5)
 
 
 def test_mode_is_put_back_and_bad_input_is_named(tmp_path):

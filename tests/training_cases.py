@@ -84,6 +84,24 @@ class Notes:
         self.lines.append(text)
 
 
+class Stop(Notes):
+    """Interrupts the run named `what` at a step, as a user does."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__()
+        self.what, self.step, self.now = what, step, ""
+
+    def track(self, items: Any, what: str, total: int | None = None, done: int = 0) -> Any:
+        for item in items:
+            self.now = what
+            yield item
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if text.startswith(f"step {self.step} ") and self.now == self.what:
+            raise KeyboardInterrupt
+
+
 def run(bundle: Bundle, work: Path | None, after: Any = None, settings: Any = SETTINGS, **more: Any) -> TrainResult:
     """84 examples, 11 batches an epoch."""
     objective = Hooked(bundle, settings, after, more.pop("spoil", None))

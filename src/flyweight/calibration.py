@@ -24,7 +24,7 @@ from flyweight.errors import StepError
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 
-__all__ = ["Block", "Site", "Solver", "calibrate", "outside", "walk"]
+__all__ = ["Block", "Site", "Solver", "calibrate", "walk"]
 
 BATCH = 16
 
@@ -89,7 +89,7 @@ class Block:
     def run(self, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output for `hidden` (by default its input) with what else belongs to that batch: masks, positions."""
         rest, named = self.calls[batch]
-        return _first(self.module(self.inputs[batch] if hidden is None else hidden, *rest, **named))
+        return surgery.hidden_states(self.module(self.inputs[batch] if hidden is None else hidden, *rest, **named))
 
     def stream(self, site: Site) -> Iterator[Tensor]:
         """What the site's linears read, [tokens, in] float32, batch after batch, by the block as it stands now."""
@@ -145,20 +145,6 @@ def walk(
         model.train(training)
 
 
-def outside(bundle: Bundle, examples: Examples, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """(name, [tokens, in] float32) for linears that belong to no block (heads), batch after batch, by the model as it stands."""
-    model, training = bundle.model, bundle.model.training
-    model.train(False)
-    try:
-        for arrays in _batches(bundle, examples):
-            for name, module in modules.items():
-                with _catching(module) as found, torch.no_grad():
-                    _forward(bundle, arrays)
-                yield name, found[0].reshape(-1, found[0].shape[-1]).float()
-    finally:
-        model.train(training)
-
-
 def _enter(
     bundle: Bundle, examples: Examples, blocks: Sequence[nn.Module]
 ) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
@@ -202,9 +188,9 @@ def _forward(bundle: Bundle, arrays: dict[str, Tensor]) -> Any:
     wanted: dict[str, Any] = {name: arrays[name] for name in bundle.family.inputs if name in arrays}
     if "decoder_input_ids" in bundle.family.inputs or bundle.model.config.is_encoder_decoder:
         wanted["decoder_input_ids"] = arrays["input_ids"]
-    return (
-        bundle.model(**wanted, use_cache=False) if hasattr(bundle.model.config, "use_cache") else bundle.model(**wanted)
-    )
+    if hasattr(bundle.model.config, "use_cache"):
+        wanted["use_cache"] = False
+    return bundle.model(**wanted)
 
 
 @contextmanager
@@ -245,11 +231,6 @@ def _sites(block: Block, names: dict[int, str]) -> tuple[Site, ...]:
         for hook in hooks:
             hook.remove()
     return tuple(Site(linears) for _, linears in seen)
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
 
 
 def _finite(block: Block, outputs: Sequence[Tensor]) -> None:

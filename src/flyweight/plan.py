@@ -128,9 +128,11 @@ def describe(settings: object) -> str:
     if isinstance(settings, FinetuneSettings):
         return f"{settings.epochs:g} epochs at {settings.learning_rate:g}"
     assert isinstance(settings, QuantizeSettings)
-    bits = (
-        f"{settings.bits} bits" if settings.bits_per_weight is None else f"{settings.bits_per_weight:g} bits on average"
-    )
+    bits = f"{settings.bits} bits"
+    if settings.bits_per_weight is not None:
+        bits = f"{settings.bits_per_weight:g} bits on average"
+    if settings.max_megabytes is not None:
+        bits = f"bits for {settings.max_megabytes:g} MB in all"
     texts = f", {settings.samples} texts" if settings.calibrated else ""
     return f"{bits} {settings.scheme} by {settings.method}, activations {settings.activations}{texts}"
 

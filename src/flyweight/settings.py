@@ -213,6 +213,8 @@ class QuantizeSettings(TeacherSettings):
     """Texts to calibrate on."""
     bits_per_weight: float | None = Field(None, gt=1, le=8)
     """Choose the bits of every layer, 2, 3, 4 or 8, so that their mean (scales included) is at most this at the least error."""
+    max_megabytes: float | None = Field(None, gt=0)
+    """The same, so that all weights take at most so many megabytes (10^6 bytes), with tables, scales and what stays in float."""
     learning_rate: float = Field(3e-4, gt=0)
     """`train`: peak learning rate of AdamW; log-scales take ten times as much."""
     hidden_weight: float = Field(1.0, ge=0)
@@ -252,8 +254,11 @@ class QuantizeSettings(TeacherSettings):
             raise ValueError("step_down goes with method train")
         if self.step_down and self.step_down != tuple(sorted({*self.step_down, self.bits}, reverse=True)):
             raise ValueError(f"step_down falls from bits to fewer bits and ends at bits, which is {self.bits}")
-        if self.bits_per_weight is not None and (self.method == "train" or self.scheme in ("ternary", "binary")):
-            raise ValueError("bits_per_weight mixes symmetric or asymmetric grids without training")
+        if self.bits_per_weight is not None and self.max_megabytes is not None:
+            raise ValueError("bits_per_weight and max_megabytes are two budgets: give one")
+        if self.mixed and (self.method == "train" or self.scheme in ("ternary", "binary")):
+            budget = "max_megabytes" if self.bits_per_weight is None else "bits_per_weight"
+            raise ValueError(f"{budget} mixes symmetric or asymmetric grids without training")
         return self
 
     @property
@@ -261,11 +266,16 @@ class QuantizeSettings(TeacherSettings):
         return self.method == "train"
 
     @property
+    def mixed(self) -> bool:
+        """Whether every layer gets bits of its own, under a budget."""
+        return self.bits_per_weight is not None or self.max_megabytes is not None
+
+    @property
     def calibrated(self) -> bool:
         """Whether the step looks at texts without training on them."""
         return (
             self.activations == "static"
-            or self.bits_per_weight is not None
+            or self.mixed
             or self.method in ("gptq", "awq", "reconstruct")
             or self.bias_correction
         )

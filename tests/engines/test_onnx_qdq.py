@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,7 +10,6 @@ import torch
 from onnx import TensorProto, helper
 
 import tiny
-from flyweight.context import NoProgress
 from flyweight.engines import onnxruntime as engine
 from flyweight.engines.onnx_integer import Draft
 from flyweight.engines.onnx_qdq import rounded_linear
@@ -24,8 +21,9 @@ from flyweight.models.bundle import Codes
 from flyweight.models.codes import dequantize, described
 from flyweight.models.load import load
 from flyweight.parity import check
-from flyweight.settings import Accept, QuantizeSettings
+from flyweight.settings import QuantizeSettings
 from flyweight.tasks import task_named
+from solver_cases import context
 
 WIDTH, OUT = 24, 10
 
@@ -129,16 +127,7 @@ def test_groups_are_refused():
 def test_a_model_runs_in_integer_kernels_and_shares_inputs(tmp_path, settings):
     bundle = load(str(tiny.write(tmp_path / "m", "bert", labels=("a", "b"))), task_named("text-classification"))
     texts = bundle.encoder._replace(truncate=True).examples(tiny.SENTENCES)
-    context = SimpleNamespace(
-        calibration=texts,
-        progress=NoProgress(),
-        seed=0,
-        notes={},
-        accept=Accept(),
-        validation=None,
-        task=task_named(bundle.task),
-    )
-    found = quantize(bundle, QuantizeSettings(**settings), context)
+    found = quantize(bundle, QuantizeSettings(**settings), context(tmp_path, texts, task_named(bundle.task)))
     entry = engine.export(found, tmp_path / "out")
     assert entry.precision == f"int8-{settings['activations']}"
     check(found, tmp_path / "out", entry, [texts.batch(range(i, i + 5), 0) for i in (0, 5, 10)])

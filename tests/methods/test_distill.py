@@ -269,26 +269,12 @@ def test_interrupted_distillation_goes_on_bit_for_bit(
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     settings = SETTINGS.model_copy(update={"control": True, "hidden_weight": 1.0, "student": "small", "layers": "all"})
 
-    class Stop(cases.Notes):
-        def __init__(self, what: str) -> None:
-            super().__init__()
-            self.what, self.now = what, ""
-
-        def track(self, items: Any, what: str, total: int | None = None, done: int = 0) -> Any:
-            for item in items:
-                self.now = what
-                yield item
-
-        def note(self, text: str) -> None:
-            if text.startswith("step 5 ") and self.now == self.what:
-                raise KeyboardInterrupt
-
     ends = []
     for stops in ((), ("distilling", "control without teacher")):
         work = tmp_path / str(len(stops))
         for what in (*stops, "never"):
             school = small_school(folder, work)
-            school.context.progress = Stop(what)
+            school.context.progress = cases.Stop(what, 5)
             if what == "never":
                 found = distill(school.bundle(), settings, school.context)
                 ends.append((cases.weights_hash(found.model), school.context.notes))

@@ -28,7 +28,7 @@ from flyweight.methods.quantize.work import Work, targets_of
 from flyweight.models import surgery
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle, Codes
-from flyweight.models.codes import dequantize
+from flyweight.models.codes import dequantize, described
 from flyweight.models.load import load
 from flyweight.settings import Accept, QuantizeSettings
 from flyweight.tasks import task_named
@@ -289,6 +289,7 @@ def with_parts(work: Work, name: str) -> Codes:
         outlier_values=weight[:, [1, 5]].clone(),
         input_scale=torch.tensor([0.02]),
         input_zero_point=torch.tensor([100], dtype=torch.uint8),
+        input_shift=torch.linspace(-1, 1, weight.shape[1]).index_fill(0, torch.tensor([1, 5]), 0),
     )
     return widened(work, target, parts, codes.info.bits)
 
@@ -320,6 +321,9 @@ def test_a_static_layer_drops_its_grid_before_its_integers(tiny: Tiny, tmp_path:
     assert eight.input_scale is not None
     assert free.input_scale is None
     assert free.input_zero_point is None
+    assert eight.input_shift is not None
+    assert free.input_shift is None
+    assert [codes.info.shifted for codes in map(described, (eight, free))] == [True, False]
     climb(work, unit, unit.top)
     assert target.parameter not in work.codes
     assert torch.equal(surgery.weight_2d(target.owner), weight)

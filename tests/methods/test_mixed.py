@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tiny as tiny_models
@@ -23,6 +24,7 @@ from flyweight.methods.quantize.mixed import Choice, allocate, choose_bits, cost
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
+from flyweight.models.storage import save
 from flyweight.settings import QuantizeSettings
 from flyweight.tasks import task_named
 from flyweight.training import predict
@@ -179,6 +181,28 @@ def test_a_step_keeps_the_budget(tiny: Any, tmp_path: Path, family: str) -> None
     }
     assert len({codes.info.bits for codes in inside.values()}) > 1
     assert all(codes.info.bits == 8 for name, codes in made.quantized.items() if name not in blocks)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_step_keeps_a_budget_of_bytes(tiny: Any, tmp_path: Path, family: str) -> None:
+    """All that lies on disk is within it, and no more is left than the next width of the smallest layer would take."""
+    bundle = opened(tiny, family)
+    floats = sum(parameter.numel() for parameter in bundle.model.parameters())
+    budget = round(floats * 0.8 / 1e6, 4)  # 8 bits would be 1 byte a weight, scales beside
+    settings = QuantizeSettings(max_megabytes=budget, activations="none", granularity="tensor", embeddings=4)
+    made = quantize(bundle, settings, context(bundle, tmp_path))
+    (tmp_path / "saved").mkdir()
+    save(made, tmp_path / "saved")
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "saved" / "model.safetensors").values())
+    smallest = min(codes.codes.numel() for codes in made.quantized.values())
+    assert budget * 1e6 - smallest / 2 - 200 < stored <= budget * 1e6 + 200  # bytes that are not full
+    assert len({codes.info.bits for codes in made.quantized.values()}) > 1
+
+
+def test_bytes_that_cannot_be_kept(tiny: Any, tmp_path: Path) -> None:
+    settings = QuantizeSettings(max_megabytes=0.001, activations="none")
+    with pytest.raises(StepError, match=r"expected max_megabytes of at least 0\.\d+ \(all layers.*got 0.001; raise it"):
+        quantize(opened(tiny), settings, context(opened(tiny), tmp_path))
 
 
 def test_a_budget_that_cannot_be_kept(tiny: Any, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from flyweight.models.load import load
 from flyweight.models.storage import restore, save
 from flyweight.settings import QuantizeSettings
 from flyweight.tasks import task_named
+from solver_cases import sparsified
 from tiny import CLASSIFIERS, SENTENCES
 
 TASK = task_named("text-classification")
@@ -51,15 +52,6 @@ def outputs(bundle: Bundle) -> torch.Tensor:
     with torch.no_grad():
         answer: torch.Tensor = bundle.model(**inputs).logits
     return answer
-
-
-def sparsified(bundle: Bundle) -> Bundle:
-    names = [f"{name}.weight" for name in surgery.linears(bundle.model, bundle.family)]
-    with torch.no_grad():
-        for name in names:
-            weight = bundle.model.get_parameter(name)
-            weight[weight.abs() < weight.abs().median()] = 0
-    return replace(bundle, sparse=dict.fromkeys(names, "unstructured"))
 
 
 @pytest.mark.parametrize("model_type", CLASSIFIERS)

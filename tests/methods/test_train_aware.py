@@ -302,27 +302,12 @@ def test_interrupted_training_goes_on_bit_for_bit(
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     made = settings(bits=2, scheme="ternary", step_down=(4, 2), activations="static", hidden_weight=0.5, max_steps=8)
 
-    class Stop(cases.Notes):
-        def __init__(self, what: str) -> None:
-            super().__init__()
-            self.what, self.now = what, ""
-
-        def track(self, items: Any, what: str, total: int | None = None, done: int = 0) -> Any:
-            for item in items:
-                self.now = what
-                yield item
-
-        def note(self, text: str) -> None:
-            self.lines.append(text)
-            if text.startswith("step 2 ") and self.now == self.what:
-                raise KeyboardInterrupt
-
     found = []
     for stops in ((), ("training at 4 bits", "training at 2 bits")):
         work = tmp_path / str(len(stops))
         for what in (*stops, "never"):
             case = Case(folder, work)
-            case.context.progress = Stop(what)
+            case.context.progress = cases.Stop(what, 2)
             if what == "never":
                 bundle = case.run(made)
                 scales = [float(codes.input_scale) for codes in bundle.quantized.values() if codes.info.static]

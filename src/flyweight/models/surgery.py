@@ -76,6 +76,12 @@ def blocks(model: nn.Module, family: Family) -> dict[str, nn.ModuleList]:
     return {name: module for name, module in found.items() if isinstance(module, nn.ModuleList)}
 
 
+def hidden_states(output: Any) -> Tensor:
+    """Of what a block gives back: they come first."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 def mlp_linears(block: nn.Module, stack: Stack) -> tuple[list[nn.Module], nn.Module]:
     """(the linears whose outputs are the neurons, the linear that reads them)."""
     for paths in stack.mlp.up:

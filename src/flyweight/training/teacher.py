@@ -16,7 +16,7 @@ from flyweight.context import Progress
 from flyweight.data import Examples
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
-from flyweight.models.surgery import blocks
+from flyweight.models.surgery import blocks, hidden_states
 from flyweight.training.checkpoint import content_hash, write_atomically
 from flyweight.training.device import find_device, placed, weights
 from flyweight.training.predict import predict
@@ -71,7 +71,7 @@ def tap(bundle: Bundle, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
     def keep(number: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            found[number] = output[0] if isinstance(output, tuple) else output
+            found[number] = hidden_states(output)
 
         return hook
 

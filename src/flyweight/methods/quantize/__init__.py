@@ -49,7 +49,7 @@ def quantize(bundle: Bundle, settings: QuantizeSettings, context: Context) -> Bu
     for part in ("table", "head"):
         for target in work.of(part):
             work.nearest(target)
-    if settings.bits_per_weight is not None:
+    if settings.mixed:
         choose_bits(work)
     _round_blocks(work)
     if gate is not None:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import walk
 from flyweight.methods.quantize.folding import fold, source_of
@@ -68,7 +67,7 @@ def _solve(work: Work, block: Block, site: Site) -> None:
     scaled = gram if factors is None else gram / torch.outer(factors, factors)
     for target, part, nearest in zip(targets, parts, before, strict=True):
         weight = part.weight if factors is None else part.weight * factors
-        codes = cut(part._replace(weight=weight), scaled, isinstance(target.owner, Conv1D))
+        codes = cut(part._replace(weight=weight), scaled, target.transposed)
         note(work, target, nearest, error(codes, weight, scaled))
         work.put(target, replace(codes, smooth=None if smooth is None else smooth.clone()))  # stored one by one
 

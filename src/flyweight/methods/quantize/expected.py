@@ -75,7 +75,7 @@ def expected(settings: QuantizeSettings, rule: Accept, sizes: Sizes) -> Expected
     memory = 5 * sizes.weights + 24 * max((rows * width for rows, width in sizes.linears), default=0)
     seconds += method_seconds(settings, sizes)
     passes = sizes.texts * sizes.forward
-    if settings.bits_per_weight is not None:
+    if settings.mixed:
         seconds += by_layer(sizes, 4 * len(sizes.linears))
     if settings.activations == "static" and settings.method != "train":
         seconds += (WALK + STREAMS) * passes + search_seconds(sizes)

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import Site, calibrate
 from flyweight.errors import StepError
 from flyweight.methods.quantize.grid import Grid, codes_at, limits, units
-from flyweight.methods.quantize.solving import Moments, cut_scales, error, nearest, note, texts
+from flyweight.methods.quantize.solving import Moments, cut_scales, error, note, texts
 from flyweight.models.codes import expand
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Solver:
         if made.damping > self.work.settings.damping:
             self.work.notes.setdefault("damping", {})[site.name] = made.damping
         for target in targets:
-            weight, near = self.work.weight(target), nearest(self.work, target)
+            weight, near = self.work.weight(target), self.work.rounded(target)
             codes = solved(self.work, target, made)[0]
             note(self.work, target, error(near, weight, gram), error(codes, weight, gram))
             self.work.put(target, codes)
@@ -116,7 +115,7 @@ def solved(work: Work, target: Target, made: Factor, weight: Tensor | None = Non
 
     scale, zero_point = cut_scales(weight, grid, mask, cost)
     steps = corrected(weight, grid, scale, zero_point, mask, made)
-    codes = codes_at(steps, grid, scale, zero_point, mask, isinstance(target.owner, Conv1D))
+    codes = codes_at(steps, grid, scale, zero_point, mask, target.transposed)
     return codes, steps * expand(scale, grid)
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.methods.quantize.grid import Grid, codes_at, limits, scales_of, units
 from flyweight.models.codes import dequantize, expand
@@ -38,7 +37,7 @@ def hqq(work: Work) -> None:
     for target in work.context.progress.track(targets, "fitting zero-points", total=len(targets)):
         work.put(
             target,
-            fitted(work.weight(target), target.grid, work.mask(target), isinstance(target.owner, Conv1D)),
+            fitted(work.weight(target), target.grid, work.mask(target), target.transposed),
         )
 
 

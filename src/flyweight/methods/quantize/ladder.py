@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.work import widest
 
 if TYPE_CHECKING:
@@ -127,7 +125,7 @@ def widened(work: Work, target: Target, codes: Codes, bits: int) -> Codes:
     if codes.outliers is not None:
         weight = weight.index_fill(1, codes.outliers, 0)
     wide = grid._replace(bits=bits, scheme="asymmetric" if grid.scheme == "asymmetric" else "symmetric")
-    made = quantize_weight(weight, wide, work.mask(target), isinstance(target.owner, Conv1D))
+    made = work.rounded(target, wide, weight)
     return replace(
         made,
         smooth=codes.smooth,

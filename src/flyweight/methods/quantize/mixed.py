@@ -16,17 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import walk
 from flyweight.errors import StepError
-from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.sensitivity import TEXTS, chosen, moved
+from flyweight.methods.quantize.solving import texts
 from flyweight.methods.quantize.work import widest
 
 if TYPE_CHECKING:
     from flyweight.methods.quantize.work import Target, Work
-    from flyweight.models.bundle import Codes
     from flyweight.settings import QuantizeSettings
 
 __all__ = ["Choice", "allocate", "choose_bits", "widths"]
@@ -90,37 +88,59 @@ def _undominated(options: Sequence[Choice]) -> list[Choice]:
 
 
 def choose_bits(work: Work) -> None:
-    """Give every linear of the blocks its own bits, so that they take `settings.bits_per_weight` on average, scales included.
+    """Give every linear of the blocks its own bits, so that they take `settings.bits_per_weight` on average, scales included, or
+    all weights of the model `settings.max_megabytes`.
 
     Raises StepError where the budget lies below the least possible (said), and without texts to look at.
     """
-    budget, targets = work.settings.bits_per_weight, {target.module: target for target in work.of("block")}
-    assert budget is not None
+    targets = {target.module: target for target in work.of("block")}
     if not targets:
         return
     weights = sum(work.weight(target).numel() for target in targets.values())
     costs = {
         name: {bits: cost(work, target, bits) for bits in widths(work.settings)} for name, target in targets.items()
     }
-    least = sum(min(each.values()) for each in costs.values()) / weights
-    if budget < least:
-        raise StepError(
-            f"bits_per_weight of at least {math.ceil(1000 * least) / 1000:g} (all layers at 2 bits, scales included)",
-            f"{budget:g}",
-            "raise it, or let more weights share a scale (a larger group_size, granularity channel)",
-        )
+    budget = _budget(work, weights, sum(min(each.values()) for each in costs.values()))
     errors = layer_errors(work)
     choices = {
         name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in widths(work.settings)]
         for name in targets
         if name in errors
     }
-    chosen = allocate(choices, int(budget * weights))
+    chosen = allocate(choices, budget)
     for name, bits in chosen.items():
         work.targets[name] = targets[name]._replace(grid=targets[name].grid._replace(bits=bits))
     used = sum(costs[name][bits] for name, bits in chosen.items())
     rows = [{"layer": name, "bits": bits, "error": round(errors[name][bits], 8)} for name, bits in chosen.items()]
-    work.notes["mixed"] = {"budget": budget, "bits_per_weight": round(used / weights, 4), "layers": rows}
+    work.notes["mixed"] = {
+        "budget": round(budget / weights, 4),
+        "bits_per_weight": round(used / weights, 4),
+        "layers": rows,
+    }
+
+
+def _budget(work: Work, weights: int, least: int) -> int:
+    """Bits that the linears of the blocks may take, scales included. Raises StepError where that is less than `least`."""
+    mean, megabytes = work.settings.bits_per_weight, work.settings.max_megabytes
+    narrow = "raise it, or let more weights share a scale (a larger group_size, granularity channel)"
+    if mean is not None:
+        if mean * weights < least:
+            wanted = f"{math.ceil(1000 * least / weights) / 1000:g} (all layers at 2 bits, scales included)"
+            raise StepError(f"bits_per_weight of at least {wanted}", f"{mean:g}", narrow)
+        return int(mean * weights)
+    assert megabytes is not None
+    others = sum(cost(work, target, target.grid.bits) for part in ("table", "head") for target in work.of(part))
+    rounded = {target.parameter for target in work.targets.values()}
+    floats = sum(32 * value.numel() for name, value in work.bundle.model.named_parameters() if name not in rounded)
+    left = int(8e6 * megabytes) - others - floats
+    if left < least:
+        wanted = (
+            f"{math.ceil((others + floats + least) / 8e3) / 1e3:g} (all layers at 2 bits, tables as they are asked for)"
+        )
+        raise StepError(
+            f"max_megabytes of at least {wanted}", f"{megabytes:g}", f"{narrow}, or fewer bits of embeddings"
+        )
+    return left
 
 
 def widths(settings: QuantizeSettings) -> tuple[int, ...]:
@@ -146,20 +166,13 @@ def cost(work: Work, target: Target, bits: int) -> int:
 
 def layer_errors(work: Work) -> dict[str, dict[int, float]]:
     """{layer: {bits: error}} for the linears of the blocks, each rounded alone, see `sensitivity`."""
-    texts = work.context.calibration
-    if texts is None:
-        raise StepError("texts to calibrate on", "none", "give --calibrate F or --train F")
     found: dict[str, dict[int, float]] = {}
-    few = texts.take(chosen(len(texts), TEXTS, work.context.seed))
+    every = texts(work)
+    few = every.take(chosen(len(every), TEXTS, work.context.seed))
     for block in walk(work.bundle, few, work.context.progress, "errors by bits"):
         for target in (target for site in block.sites for target in work.at(site)):
             found[target.module] = {
-                bits: moved(work, block, {target.module: rounded(work, target, bits)}) for bits in widths(work.settings)
+                bits: moved(work, block, {target.module: work.rounded(target, target.grid._replace(bits=bits))})
+                for bits in widths(work.settings)
             }
     return found
-
-
-def rounded(work: Work, target: Target, bits: int) -> Codes:
-    """The nearest codes of a width."""
-    grid = target.grid._replace(bits=bits)
-    return quantize_weight(work.weight(target), grid, work.mask(target), isinstance(target.owner, Conv1D))

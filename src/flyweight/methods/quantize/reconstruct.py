@@ -26,7 +26,7 @@ from torch.func import functional_call
 from flyweight.calibration import walk
 from flyweight.methods.quantize.gptq import factor, solved
 from flyweight.methods.quantize.grid import Grid, codes_at, limits
-from flyweight.methods.quantize.solving import Moments, nearest, texts
+from flyweight.methods.quantize.solving import Moments, texts
 from flyweight.models.codes import expand
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Rounding:
 
     @classmethod
     def nearest(cls, work: Work, target: Target) -> Rounding:
-        return cls(work.weight(target).clone(), target.grid, nearest(work, target))
+        return cls(work.weight(target).clone(), target.grid, work.rounded(target))
 
     @property
     def learned(self) -> list[Tensor]:

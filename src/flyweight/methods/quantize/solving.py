@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.data import Examples
 from flyweight.errors import StepError
-from flyweight.methods.quantize.grid import Grid, codes_at, quantize_weight, scales_of
+from flyweight.methods.quantize.grid import Grid, codes_at, scales_of
 from flyweight.models.codes import dequantize, expand
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.models.bundle import Codes
 
-__all__ = ["SHARES", "Moments", "cut_scales", "error", "gram_cost", "lost", "nearest", "note", "texts"]
+__all__ = ["SHARES", "Moments", "cut_scales", "error", "gram_cost", "lost", "note", "texts"]
 
 SHARES = tuple(1 - step / 20 for step in range(11))
 """Shares of the range that a grid may cover, 1 to 0.5."""
@@ -76,11 +75,6 @@ def texts(work: Work) -> Examples:
     if work.context.calibration is None:
         raise StepError("texts to calibrate on", "none", "give --calibrate F or --train F")
     return work.context.calibration
-
-
-def nearest(work: Work, target: Target) -> Codes:
-    """What rounding alone would give."""
-    return quantize_weight(work.weight(target), target.grid, work.mask(target), isinstance(target.owner, Conv1D))
 
 
 def lost(difference: Tensor, gram: Tensor) -> float:

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import Block, Site, walk
 from flyweight.methods.quantize.folding import fold, neurons, put_first, source_of
 from flyweight.methods.quantize.gptq import factor, solved
-from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.smooth import Input, Search
 from flyweight.methods.quantize.solving import texts
 from flyweight.models.activations import rounding
@@ -66,9 +64,7 @@ def smooth_and_round(work: Work) -> None:
             if made is not None:
                 codes = solved(work, target, made, how.weight(weight))[0]
             else:
-                codes = quantize_weight(
-                    how.weight(weight), target.grid, work.mask(target), isinstance(target.owner, Conv1D)
-                )
+                codes = work.rounded(target, weight=how.weight(weight))
             values = None if how.outliers is None else weight[:, how.outliers].contiguous()
             codes = replace(codes, smooth=how.smooth, outliers=how.outliers, outlier_values=values)
             _put(work, target, codes, how)

@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from flyweight.calibration import walk
 from flyweight.errors import StepError
@@ -71,7 +70,7 @@ class Fake:
 
     def codes(self, target: Target) -> Codes:
         """What the model's weight stands for as it is now."""
-        weight, transposed = surgery.weight_2d(target.owner).detach(), isinstance(target.owner, Conv1D)
+        weight, transposed = surgery.weight_2d(target.owner).detach(), target.transposed
         if target.parameter not in self.weights:
             return quantize_weight(weight, target.grid, transposed=transposed)
         codes = self.weights[target.parameter].codes(weight, transposed)

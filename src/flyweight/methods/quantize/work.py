@@ -50,6 +50,11 @@ class Target(NamedTuple):
     grid: Grid
     part: str
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the module keeps its weight as [in, out]."""
+        return isinstance(self.owner, Conv1D)
+
 
 @dataclass
 class Work:
@@ -93,8 +98,12 @@ class Work:
 
     def nearest(self, target: Target, grid: Grid | None = None) -> None:
         """Round `target` to its grid, or to another one, and put it."""
-        transposed = isinstance(target.owner, Conv1D)
-        self.put(target, quantize_weight(self.weight(target), grid or target.grid, self.mask(target), transposed))
+        self.put(target, self.rounded(target, grid))
+
+    def rounded(self, target: Target, grid: Grid | None = None, weight: Tensor | None = None) -> Codes:
+        """The nearest codes of `target`, or of what it is made of it, on its grid or on another one."""
+        value = self.weight(target) if weight is None else weight
+        return quantize_weight(value, grid or target.grid, self.mask(target), target.transposed)
 
     def put(self, target: Target, codes: Codes) -> None:
         """The model's parameter takes the values that `codes` stand for; the float weight is kept until the step is done."""
