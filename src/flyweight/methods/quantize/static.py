@@ -18,7 +18,7 @@ from flyweight.calibration import Block, Site, walk
 from flyweight.methods.quantize.folding import fold, neurons, put_first, source_of
 from flyweight.methods.quantize.gptq import factor, solved
 from flyweight.methods.quantize.smooth import Input, Search
-from flyweight.methods.quantize.solving import texts
+from flyweight.methods.quantize.solving import Moments, texts
 from flyweight.models.activations import rounding
 from flyweight.models.codes import dequantize
 
@@ -57,8 +57,12 @@ def smooth_and_round(work: Work) -> None:
         if how.outliers is not None and ups:
             order = put_first(work, site, ups, how.outliers)
             inputs, how = inputs[:, order], how.ordered(order)
-        seen = how.apply(inputs).double() if settings.method == "gptq" else None
-        made = None if seen is None else factor(seen.t() @ seen / len(seen), settings.damping, site.name)
+        made = None
+        if settings.method == "gptq":
+            moments = Moments.of(site, inputs.device)
+            for some in torch.split(how.apply(inputs), 1024):
+                moments.add(some)
+            made = factor(moments.gram(site.name), settings.damping, site.name)
         for target in targets:
             weight = work.weight(target)
             if made is not None:
