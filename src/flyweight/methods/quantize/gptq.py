@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Factor", "Solver", "corrected", "factor", "gptq", "solved"]
 
-COLUMNS = 128
+COLUMNS = 32
 """Columns corrected one by one before the rest is corrected at once."""
 TRIES = 4
 """Times that a damping which is too small is made ten times larger."""
@@ -126,21 +126,24 @@ def corrected(
     order, upper = made.order, made.upper
     low, high = limits(grid)
     width = weight.shape[1]
-    left = weight.to(upper.dtype)[:, order]
-    scales = expand(scale, grid).expand_as(weight).to(upper.dtype)[:, order]
-    zeros = torch.zeros_like(left) if zero_point is None else expand(zero_point, grid).expand_as(left)[:, order]
-    zeros = zeros.to(torch.float32)
-    kept = None if mask is None else mask[:, order]
+
+    def lines(part: Tensor, dtype: torch.dtype) -> Tensor:
+        """[in, out] in order: a column is then contiguous"""
+        return part.expand_as(weight).t()[order].to(dtype)
+
+    left, scales = lines(weight, upper.dtype), lines(expand(scale, grid), upper.dtype)
+    zeros = None if zero_point is None else lines(expand(zero_point, grid), torch.float32)
+    kept = None if mask is None else lines(mask, upper.dtype)
     steps = torch.empty_like(left, dtype=torch.float32)
+    shares = upper / upper.diagonal()[:, None]
     for start in range(0, width, COLUMNS):
         end = min(start + COLUMNS, width)
-        errors = torch.empty_like(left[:, start:end])
+        errors = torch.empty_like(left[start:end])
         for j in range(start, end):
-            now = left[:, j]
-            steps[:, j] = now / scales[:, j]
-            points = (steps[:, j].round() + zeros[:, j]).clamp(low, high) - zeros[:, j]
-            points = points if kept is None else points * kept[:, j]
-            errors[:, j - start] = (now - points * scales[:, j]) / upper[j, j]
-            left[:, j + 1 : end] -= errors[:, j - start, None] * upper[j, j + 1 : end]
-        left[:, end:] -= errors @ upper[start:end, end:]
-    return torch.empty_like(steps).scatter_(1, order.expand_as(steps), steps)
+            steps[j] = left[j] / scales[j]
+            zero = 0 if zeros is None else zeros[j]
+            points = ((steps[j].round() + zero).clamp(low, high) - zero) * scales[j]
+            errors[j - start] = left[j] - (points if kept is None else points * kept[j])
+            left[j + 1 : end].addr_(shares[j, j + 1 : end], errors[j - start], alpha=-1)
+        left[end:].addmm_(shares[start:end, end:].t(), errors, alpha=-1)
+    return torch.empty_like(steps).index_copy_(0, order, steps).t()
