@@ -24,6 +24,8 @@ WRONG = {
     "steps: [{quantize: {bits: 0}}]": "greater than or equal to 1, got 0",
     "steps: [{quantize: {bits: 4, scheme: binary}}]": "exactly 1 bit",
     "steps: [{quantize: {bits: 1}}]": "single point",
+    "steps: [{quantize: {bits: 8, bits_per_weight: 4}}]": "bits_per_weight chooses the bits of every layer: leave out bits",
+    "steps: [{quantize: {bits: 3, max_megabytes: 4}}]": "max_megabytes chooses the bits of every layer: leave out bits",
     "steps: [{distill: {alpha: 2}}]": "less than or equal to 1, got 2",
     "seed: -1": "greater than or equal to 0",
     "flyweight: 7": "1",
@@ -79,6 +81,17 @@ def test_shipped_recipes_are_sound_and_round_trip(tmp_path, name):
     path = tmp_path / "again.yaml"
     path.write_text(recipe.to_yaml())
     assert read_recipe(path) == recipe.model_copy(update={"summary": ""})
+
+
+def test_a_budget_is_written_without_the_bits_that_it_chooses(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: [{quantize: {bits_per_weight: 4.5}}, quantize]")
+    recipe = read_recipe(path)
+    mixed, plain = (step.as_data()["quantize"] for step in recipe.steps)
+    assert "bits" not in mixed
+    assert plain["bits"] == 8
+    path.write_text(recipe.to_yaml())
+    assert read_recipe(path).steps[0].settings == recipe.steps[0].settings
 
 
 def test_paths_are_taken_from_the_recipe_s_own_folder_and_written_absolute(tmp_path, monkeypatch):

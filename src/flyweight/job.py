@@ -13,6 +13,7 @@ from flyweight import artifact
 from flyweight.cache import Cache
 from flyweight.context import NoProgress, Progress
 from flyweight.data import Examples
+from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError, ModelError, SettingsError
 from flyweight.methods.distill.student import kept_layers
@@ -93,7 +94,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     if recipe.model is None:
         raise SettingsError("a model", "none", "name a Hugging Face folder, an artifact or a hub id")
     check_order(recipe.steps)
-    check_engines(recipe)
+    check_engines(recipe, progress)
     source = resolve(recipe.model, recipe.revision)
     task = task_named(recipe.task or guess_task(source))
     check_data(recipe, task)
@@ -119,11 +120,40 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     return Job(recipe, task, bundle, splits, keys, cache, progress, texts)
 
 
-def check_engines(recipe: Recipe) -> None:
-    """Engines that are asked for are installed. Raises EngineError."""
+def check_engines(recipe: Recipe, progress: Progress) -> None:
+    """Engines that are asked for are installed and have the format that is made. Raises EngineError."""
     for name in recipe.measure.engines:
         if reason := engine_named(name).available():
             raise EngineError(f"the engine {name}", reason, "or leave it out of measure.engines (--engines)")
+        for step in recipe.steps:
+            if name == openvino.NAME and isinstance(step.settings, QuantizeSettings):
+                check_packed(step.settings, progress)
+
+
+def check_packed(settings: QuantizeSettings, progress: Progress) -> None:
+    """Weights alone in 1 or 2 bits are refused for OpenVINO; where a budget chooses, it is said that they may come.
+
+    Groups that MatMulNBits does not take are float once the file is loaded, and any engine has them. Raises EngineError.
+    """
+    grouped = settings.granularity == "group" and settings.group_size % 16 > 0
+    if settings.activations != "none" or grouped:
+        return
+    bits, mean = f"{settings.bits}", settings.bits_per_weight
+    if settings.mixed:
+        if mean is None or mean > openvino.LEAST_BITS:
+            progress.note(
+                "warning: openvino runs no layers of 2 bits, which the budget may choose; the run would end there, and go on "
+                "without --engines openvino from the steps done"
+            )
+            return
+        bits = f"2 in some layers (bits_per_weight {mean:g})"
+    elif settings.bits >= openvino.LEAST_BITS:
+        return
+    raise EngineError(
+        openvino.PACKED,
+        bits,
+        "take more bits, or leave openvino out of measure.engines (--engines): engine onnxruntime or torch have it",
+    )
 
 
 def unlabelled_files(recipe: Recipe) -> set[Path]:

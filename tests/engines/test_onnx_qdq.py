@@ -13,10 +13,11 @@ import tiny
 from flyweight.engines import onnxruntime as engine
 from flyweight.engines.onnx_integer import Draft
 from flyweight.engines.onnx_qdq import rounded_linear
+from flyweight.engines.onnx_rows import whole
 from flyweight.errors import ExportError
 from flyweight.methods.quantize import quantize
 from flyweight.methods.quantize.grid import Grid, quantize_weight
-from flyweight.models.activations import round_static, round_tokens
+from flyweight.models.activations import round_static, round_tokens, rounding
 from flyweight.models.bundle import Codes
 from flyweight.models.codes import dequantize, described
 from flyweight.models.load import load
@@ -63,9 +64,9 @@ def slow(codes: Codes, x: torch.Tensor, activations: str) -> torch.Tensor:
     return answer
 
 
-def run(codes: Codes, x: torch.Tensor, activations: str) -> np.ndarray:
+def run(codes: Codes, x: torch.Tensor, activations: str, bias: np.ndarray | None = None) -> np.ndarray:
     draft = Draft()
-    rounded_linear(draft, "x", "weight", codes, activations, "y")
+    whole(draft, rounded_linear(draft, "x", "weight", codes, activations, "y", None if bias is None else ("bias", bias)))
     value = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
         for name, size in (("x", WIDTH), ("y", OUT))
@@ -143,3 +144,31 @@ def test_a_model_runs_in_integer_kernels_and_shares_inputs(tmp_path, settings):
     assert ran.count("QGemm" if static else "MatMulIntegerToFloat") == 6 * layers + heads
     written = [node.op_type for node in onnx.load(str(tmp_path / "out" / entry.file)).graph.node]
     assert written.count("QuantizeLinear") == 4 * layers + heads  # one for q, k and v together
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-9, 1e-5])
+def test_a_bias_beside_rows_of_next_to_nothing_is_what_torch_simulates(granularity, size):
+    """In steps of a row's scale such a bias is far beyond int32, and a row of zeros has no scale of its own."""
+    codes = linear(Grid(8, "symmetric", granularity))
+    weight = dequantize(codes)
+    weight[:4] = size * torch.randn(4, WIDTH)
+    made = quantize_weight(weight, Grid(8, "symmetric", granularity))
+    shift = torch.randn(WIDTH) / 4
+    codes = described(
+        Codes(
+            made.info, made.codes, made.scale, made.zero_point,
+            input_scale=codes.input_scale, input_zero_point=codes.input_zero_point, input_shift=shift,
+        )
+    )  # fmt: skip
+    module = torch.nn.Linear(WIDTH, OUT)
+    with torch.no_grad():
+        module.weight.copy_(dequantize(codes))
+        module.bias.copy_(torch.linspace(-0.7, 0.9, OUT))
+    x = torch.randn(50, WIDTH)
+    with torch.no_grad(), rounding(module, codes, "static"):
+        wanted = module(x)
+    exact = (round_static(x - shift, codes.input_scale, codes.input_zero_point) + shift) @ module.weight.t()
+    assert (wanted - exact - module.bias).abs().max() < (2e-2 if granularity == "tensor" else 1e-3)
+    found = run(codes, x, "static", module.bias.detach().numpy())
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=2e-5)

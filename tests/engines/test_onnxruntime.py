@@ -207,6 +207,31 @@ def test_weights_only_that_fit_no_slots_are_made_float_once_when_loaded(tiny: Ti
         assert found[kind] <= expected[kind], kind
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_heads_of_8_bits_are_exact_beside_blocks_of_fewer(tiny: Tiny, tmp_path: Path, bits: int) -> None:
+    bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), Grid(bits), "none")
+    quantize(bundle, Grid(8), "none", None, skip="*encoder*")
+    assert bundle.quantized["bert.pooler.dense.weight"].info.bits == 8
+    entry = engine.export(bundle, tmp_path)
+    assert entry.precision == "weights-only"
+    assert parity.check(bundle, tmp_path, entry, arrays_of(bundle)) < 1e-5
+    assert kinds(onnx.load(str(tmp_path / entry.file)))["MatMulNBits"] == 4 * 6
+
+
+def test_heads_round_their_inputs_where_a_block_does(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = quantize(bundle_of(tiny("bert", labels=LABELS)), Grid(4), "none")
+    quantize(bundle, Grid(8), "none", None, skip="*layer.[012].*")
+    entry = engine.export(bundle, tmp_path)
+    assert entry.precision == "weights-only-int8-compute"
+    assert kinds(onnx.load(str(tmp_path / entry.file)))["MatMulNBits"] == 4 * 6 + 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_decoders_look_back_alone(tiny: Tiny, tmp_path: Path, family: str) -> None:
+    bundle = bundle_of(tiny(family, labels=LABELS))
+    assert parity.check(bundle, tmp_path, engine.export(bundle, tmp_path), arrays_of(bundle)) < 1e-5
+
+
 def test_the_model_is_left_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
     bundle = bundle_of(tiny("bert", labels=LABELS))
     bundle.model.train()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny as tiny_models
-from flyweight.artifact import Measurement
+from flyweight.artifact import Measurement, Verdict
 from flyweight.context import Context, NoProgress
 from flyweight.data import Examples
 from flyweight.errors import StepError
@@ -21,6 +21,8 @@ from flyweight.measure.quality import resamples
 from flyweight.measure.verdict import accept
 from flyweight.methods import quantize as package
 from flyweight.methods.quantize import quantize
+from flyweight.methods.quantize.biases import correct_biases
+from flyweight.methods.quantize.gate import Judged, _fewest
 from flyweight.methods.quantize.grid import Grid
 from flyweight.methods.quantize.ladder import climb, units_of, widened
 from flyweight.methods.quantize.sensitivity import site_errors
@@ -178,6 +180,57 @@ def test_the_last_way_out_is_the_float_model(tiny: Tiny, tmp_path: Path) -> None
     assert set(made.quantized) <= {"pooler.dense.weight"}  # no answer passes through it
     for name, tensor in made.model.state_dict().items():
         assert torch.equal(tensor, before[name]) or name in made.quantized, name
+
+
+def test_nothing_left_in_few_bits(tiny: Tiny, tmp_path: Path) -> None:
+    """As above, and the one layer that would have kept its bits is left out: the record counts no weight."""
+    bundle = opened(tiny, None)
+    here = context(bundle, tmp_path, {"quality": 1.0}, number=20)
+    settings = QuantizeSettings(bits=2, embeddings=2, activations="token", skip=("pooler*",), gate="required")
+    made = quantize(bundle, settings, here)
+    assert here.notes["gate"]["held"]
+    assert made.quantized == {}
+    assert made.activations == "none"
+    assert (here.notes["weights"], here.notes["tensors"], here.notes["bits_per_weight"]) == (0, 0, None)
+
+
+def test_a_rule_that_float_misses_in_the_end(tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing was done to the model before, so that float is not tried first; yet it misses the rule."""
+    other = opened(tiny, seed=1)
+    given = {"validation": texts(other), "reference": lambda: other}
+    here = context(opened(tiny), tmp_path, {"max_drop": 0.01}, **given)
+    with pytest.raises(StepError, match=r"expected a model that .*, got accuracy.* even with all layers in float; "):
+        quantize(opened(tiny), QuantizeSettings(bits=2, gate="required"), here)
+    made = quantize(opened(tiny), QuantizeSettings(bits=2), here)
+    note, lines = here.notes["gate"], here.progress.lines  # type: ignore[attr-defined]
+    assert not note["held"]
+    assert made.quantized == {}
+    assert note["evaluations"] <= 30  # one of all codes, two to rank and one a layer, six that fall back
+    warned = [
+        line for line in lines if line.startswith("warning: the rule does not hold even with all layers in float")
+    ]
+    assert len(warned) == 1
+
+
+def figures(accepted: bool) -> Judged:
+    return Judged(Verdict(accepted=accepted, text="test"), 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 5, 11, 12, 20, 21])
+def test_the_fewest_that_fall_back(needed: int) -> None:
+    """Of 20; 21 do not exist: there is nothing to halve then."""
+    tried: list[int] = []
+
+    def judged(number: int) -> Judged:
+        tried.append(number)
+        return figures(number >= needed)
+
+    count, found = _fewest(judged, 20, NoProgress())
+    assert count == min(needed, 20)
+    assert tried[-1] == count
+    assert found.verdict.accepted == (needed <= 20)
+    if needed == 21:
+        assert tried == [1, 2, 4, 8, 16, 20]
 
 
 def test_float_that_misses_the_rule(tiny: Tiny, tmp_path: Path) -> None:
@@ -345,17 +398,32 @@ def test_layers_of_mixed_bits_rise_together(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-@pytest.mark.parametrize("activations", ["none", "token"])
-def test_output_errors_are_those_of_the_block(tiny: Tiny, tmp_path: Path, family: str, activations: str) -> None:
-    """The last block's MLP against the model run text by text, with that one layer rounded and without."""
+@pytest.mark.parametrize(
+    ("activations", "corrected"), [("none", False), ("token", False), ("none", True), ("token", True)]
+)
+def test_output_errors_are_those_of_the_block(
+    tiny: Tiny, tmp_path: Path, family: str, activations: str, corrected: bool
+) -> None:
+    """The last block's MLP against the model run text by text, with that one layer rounded and without.
+
+    Where biases were corrected, float has those it had, and the layer the one made for its rounding.
+    """
     bundle = opened(tiny, family=family)
-    settings = QuantizeSettings(bits=3, activations=activations)  # type: ignore[arg-type]
-    here = context(bundle, tmp_path, {}, validation=None)
+    settings = QuantizeSettings(bits=2 if corrected else 3, activations=activations)  # type: ignore[arg-type]
+    some = bundle.encoder.examples(tiny_models.SENTENCES)
+    here = context(bundle, tmp_path, {}, validation=None, calibration=some)
     work = Work(bundle, settings, here, targets_of(bundle, settings))
     for target in work.of("block"):
         work.nearest(target)
-    some = bundle.encoder.examples(tiny_models.SENTENCES)
+    biases = {target.module: target.owner.get_parameter("bias") for target in work.of("block")}
+    before = {name: bias.detach().clone() for name, bias in biases.items()}
+    if corrected:
+        work.keep_biases()
+        correct_biases(work)
+    after = {name: bias.detach().clone() for name, bias in biases.items()}
     errors = site_errors(work, some)
+    assert all(torch.equal(bias, after[name]) for name, bias in biases.items())
+    assert any(not torch.equal(before[name], bias) for name, bias in after.items()) == corrected
     assert sorted(name for names in errors for name in names) == sorted(
         work.targets[t.module].module for t in work.of("block")
     )
@@ -363,6 +431,7 @@ def test_output_errors_are_those_of_the_block(tiny: Tiny, tmp_path: Path, family
     names = list(errors)[-1]
     for target in work.of("block"):
         work.take_back(target)
+        biases[target.module].data.copy_(before[target.module])
     stack = list(surgery.blocks(bundle.model, bundle.family).values())[-1]
 
     def states() -> torch.Tensor:
@@ -380,6 +449,7 @@ def test_output_errors_are_those_of_the_block(tiny: Tiny, tmp_path: Path, family
     whole = states()
     for name in names:
         work.put(work.targets[name], put[work.targets[name].parameter])
+        biases[name].data.copy_(after[name])
     expected = float(((states() - whole) ** 2).sum() / (whole**2).sum())
     assert errors[names] == pytest.approx(expected, rel=1e-3)
     assert expected > 0

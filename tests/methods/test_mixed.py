@@ -16,11 +16,22 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tiny as tiny_models
-from flyweight.context import Context
+from flyweight.context import Context, NoProgress
 from flyweight.errors import StepError
-from flyweight.methods.quantize import mixed, quantize
+from flyweight.methods.quantize import mixed, quantize, smooth
 from flyweight.methods.quantize.grid import quantize_weight
-from flyweight.methods.quantize.mixed import Choice, allocate, choose_bits, cost, layer_errors, widths
+from flyweight.methods.quantize.mixed import (
+    RESERVED,
+    Choice,
+    account,
+    allocate,
+    choose_bits,
+    cost,
+    layer_errors,
+    outlier_bits,
+    reserve,
+    widths,
+)
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
@@ -131,6 +142,40 @@ def test_channel_scales_count(tiny: Any, tmp_path: Path) -> None:
         assert cost(awq, b, 4) == cost(plain, a, 4) + 32 * plain.weight(a).shape[1]
 
 
+@pytest.mark.parametrize("outliers", [0, 3, 32])
+@pytest.mark.parametrize("method", ["nearest", "gptq", "awq", "reconstruct"])
+def test_static_costs_are_what_is_stored(tiny: Any, tmp_path: Path, method: str, outliers: int) -> None:
+    """All parts that a layer can be given; outlier channels, 5 asked for, are those that are reserved."""
+    settings: dict[str, Any] = {"activations": "static", "method": method, "outliers": outliers, "smooth": True}
+    work = begun(opened(tiny), tmp_path, **settings)
+    count = min(outliers, 5) if method in ("nearest", "gptq") else 0
+    for target in work.of("block"):
+        rows, inputs = work.weight(target).shape
+        codes = replace(
+            quantize_weight(work.weight(target), target.grid._replace(bits=3)),
+            smooth=None if method == "reconstruct" else torch.ones(inputs),
+            input_scale=torch.ones(1),
+            input_zero_point=torch.zeros(1, dtype=torch.uint8),
+            input_shift=torch.zeros(inputs),
+            outliers=torch.arange(count) if count else None,
+            outlier_values=torch.zeros(rows, count) if count else None,
+        )
+        assert cost(work, target, 3) + reserve(work, target, 5) == stored_bits({"one": codes})
+        assert reserve(work, target, 5) == outlier_bits(target, count, work)
+    for target in (*work.of("table"), *work.of("head")):  # they have none of that
+        assert cost(work, target, 8) == stored_bits({"one": work.rounded(target, target.grid._replace(bits=8))})
+
+
+def test_no_room_is_kept_for_more_than_there_can_be(tiny: Any, tmp_path: Path) -> None:
+    """A layer of 12 inputs has at most three outlier channels; weights only and binary layers have none."""
+    work = begun(opened(tiny), tmp_path, activations="static")
+    target = work.of("block")[0]
+    assert reserve(work, target._replace(owner=torch.nn.Linear(12, 5)), 8) == 3 * (64 + 32 * 5)
+    assert reserve(work, target._replace(grid=target.grid._replace(bits=1, scheme="binary")), 8) == 0
+    plain = begun(opened(tiny), tmp_path, activations="token")
+    assert reserve(plain, plain.of("block")[0], 8) == 0
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_errors_are_those_of_the_block(tiny: Any, tmp_path: Path, family: str) -> None:
     """A layer of the last block: the model's own hidden states with and without it rounded. The model is left as it was."""
@@ -197,6 +242,125 @@ def test_a_step_keeps_a_budget_of_bytes(tiny: Any, tmp_path: Path, family: str) 
     smallest = min(codes.codes.numel() for codes in made.quantized.values())
     assert budget * 1e6 - smallest / 2 - 200 < stored <= budget * 1e6 + 200  # bytes that are not full
     assert len({codes.info.bits for codes in made.quantized.values()}) > 1
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
+@pytest.mark.parametrize(("budget", "given"), [("bits_per_weight", 7.0), ("max_megabytes", 0.051)])
+def test_static_activations_keep_the_budget(
+    tiny: Any, tmp_path: Path, method: str, budget: str, given: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four channels are so large that more layers want them in float than there is room for."""
+    monkeypatch.setattr(smooth, "PASS", 0)  # as in a wide model, where it costs next to nothing
+    monkeypatch.setattr(mixed, "RESERVED", 1)
+    bundle = opened(tiny)
+    with torch.no_grad():
+        for name, parameter in bundle.model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter[::9] *= 40.0
+    common: dict[str, Any] = {"activations": "static", "method": method, "granularity": "tensor", "outliers": 4}
+    settings = QuantizeSettings(**common, reduce_range="off", **{budget: given})
+    here = context(bundle, tmp_path)
+    made = quantize(bundle, settings, here)
+    note = here.notes["mixed"]
+    blocks = {row["layer"] + ".weight" for row in note["layers"]}
+    inside = {name: codes for name, codes in made.quantized.items() if name in blocks}
+    mean = stored_bits(inside) / sum(codes.codes.numel() for codes in inside.values())
+    assert note["bits_per_weight"] == pytest.approx(mean, abs=1e-4)
+    assert "over_budget" not in note
+    assert len({codes.info.bits for codes in inside.values()}) > 1
+    assert any(codes.outliers is not None for codes in inside.values()) == (method != "awq")
+    (tmp_path / "saved").mkdir()
+    save(made, tmp_path / "saved")
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "saved" / "model.safetensors").values())
+    if budget == "bits_per_weight":
+        assert 0.8 * given < mean <= given
+    else:
+        assert 0.9 * given * 1e6 < stored <= given * 1e6 + 200  # bytes that are not full
+
+
+@pytest.mark.parametrize(("budget", "outliers", "reserved"), [(8.0, 1, 1), (8.0, 32, 2), (5.0, 32, 0), (8.0, 0, 0)])
+def test_room_is_what_the_mix_leaves(tiny: Any, tmp_path: Path, budget: float, outliers: int, reserved: int) -> None:
+    """A channel takes a little more than one bit a weight here: the most that stay within half of what 2 bits leave."""
+    work = begun(
+        opened(tiny), tmp_path, bits_per_weight=budget, activations="static", granularity="tensor", outliers=outliers
+    )
+    assert work.room is None
+    least = sum(cost(work, target, 2) for target in work.of("block"))
+    choose_bits(work)
+    blocks, note = work.of("block"), work.notes["mixed"]
+    weights = sum(work.weight(target).numel() for target in blocks)
+    kept = sum(reserve(work, target) for target in blocks)
+    used = sum(cost(work, target, target.grid.bits) for target in blocks) + kept
+    assert work.room == budget * weights - used >= 0
+    assert note["bits_per_weight"] == pytest.approx(used / weights, abs=1e-4)
+    assert note["outliers_reserved"] == reserved
+    assert 2 * kept <= budget * weights - least
+    if reserved < outliers and reserved < RESERVED:
+        assert 2 * sum(reserve(work, target, reserved + 1) for target in blocks) > budget * weights - least
+
+
+class Said(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def mixed_work(tiny: Any, tmp_path: Path, **settings: Any) -> Work:
+    """A step with bits chosen and codes put."""
+    work = begun(opened(tiny), tmp_path, activations="none", granularity="tensor", **settings)
+    work.context.progress = Said()
+    choose_bits(work)
+    for target in work.targets.values():
+        work.nearest(target)
+    return work
+
+
+def test_layers_that_the_gate_lifts_over_the_budget(tiny: Any, tmp_path: Path) -> None:
+    """What the gate does, done by hand: one layer gets 8 bits, one is in float again. The record says what is stored then."""
+    work = mixed_work(tiny, tmp_path, bits_per_weight=4.0)
+    note, lines = work.notes["mixed"], work.context.progress.lines  # type: ignore[attr-defined]
+    before = dict(note)
+    account(work)
+    assert note == before
+    assert lines == []
+    blocks = work.of("block")
+    first, last = blocks[0], blocks[-1]
+    work.nearest(first, first.grid._replace(bits=8))
+    work.take_back(last)
+    account(work)
+    inside = {t.parameter: work.codes[t.parameter] for t in blocks if t.parameter in work.codes}
+    weights = sum(work.weight(target).numel() for target in blocks)
+    used = stored_bits(inside) + 32 * work.weight(last).numel()
+    assert note["bits_per_weight"] == round(used / weights, 4)
+    assert note["over_budget"] == -(-(used - 4 * weights) // 8) > 0
+    assert lines == [
+        f"warning: the linears of the blocks take {used / weights:.4f} bits a weight, more than bits_per_weight 4: "
+        "the acceptance rule came first"
+    ]
+
+
+def test_tables_that_the_gate_lifts_over_the_budget(tiny: Any, tmp_path: Path) -> None:
+    """Linears as they were, a table in float again: bytes of the whole model count."""
+    floats = sum(parameter.numel() for parameter in opened(tiny).model.parameters())
+    budget = round(floats * 0.8 / 1e6, 4)
+    work = mixed_work(tiny, tmp_path, max_megabytes=budget, embeddings=4)
+    note, lines = work.notes["mixed"], work.context.progress.lines  # type: ignore[attr-defined]
+    before = dict(note)
+    account(work)
+    assert note == before
+    work.take_back(max(work.of("table"), key=lambda target: work.weight(target).numel()))
+    account(work)
+    assert note["bits_per_weight"] == before["bits_per_weight"]
+    (tmp_path / "saved").mkdir()
+    save(replace(work.bundle, quantized=work.codes), tmp_path / "saved")
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "saved" / "model.safetensors").values())
+    assert note["over_budget"] == pytest.approx(stored - budget * 1e6, abs=200)  # bytes that are not full
+    assert lines == [
+        f"warning: the weights take {budget + note['over_budget'] / 1e6:.4f} MB, more than max_megabytes {budget:g}: "
+        "the acceptance rule came first"
+    ]
 
 
 def test_bytes_that_cannot_be_kept(tiny: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from flyweight.errors import StepError
 from flyweight.methods.quantize import quantize, smooth
 from flyweight.methods.quantize.folding import neurons, put_first
 from flyweight.methods.quantize.smooth import Search, round_weight
-from flyweight.methods.quantize.work import Work, targets_of
+from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models import surgery
 from flyweight.models.activations import simulate
 from flyweight.models.codes import dequantize
@@ -237,3 +237,43 @@ def test_no_texts(tmp_path):
     bundle, _ = made(tmp_path)
     with pytest.raises(StepError, match="texts to calibrate on"):
         run(tmp_path, bundle, None)
+
+
+@pytest.mark.parametrize(
+    "grid", [{"bits": 1, "scheme": "binary"}, {"bits": 2, "scheme": "ternary"}, {"bits": 3, "scheme": "asymmetric"},
+             {"bits": 8, "granularity": "tensor"}, {"bits": 1, "scheme": "asymmetric"}], ids=str
+)  # fmt: skip
+def test_every_grid_of_weights_takes_static_inputs(tmp_path, grid):
+    bundle, texts = made(tmp_path)
+    found, notes = run(tmp_path, bundle, texts, **grid)
+    assert all(row["error"] >= 0 for row in notes["inputs"])
+    for name in surgery.linears(found.model, found.family):
+        codes = found.quantized[f"{name}.weight"]
+        assert codes.info.bits == grid["bits"]
+        assert codes.input_scale is not None
+
+
+def test_a_search_without_a_finite_error_names_the_layer():
+    inputs = torch.full((20, 16), 1e30)
+    with pytest.raises(StepError, match=r"rounding does in encoder\.q, got NaN or inf"):
+        Search(inputs, torch.full((8, 16), 1e30), name="encoder.q").best()
+
+
+@pytest.mark.parametrize("budget", [{"bits_per_weight": 8}, {"bits_per_weight": 7}, {"max_megabytes": 0.045}], ids=str)
+def test_outlier_channels_stay_within_a_budget(tmp_path, budget, monkeypatch):
+    monkeypatch.setattr(smooth, "WORTH", 0.0)  # what they cost in time is no matter
+    bundle, texts = made(tmp_path)
+    with torch.no_grad():
+        for name, module in bundle.model.named_modules():
+            if name.endswith("output.dense") and "attention" in name:
+                module.weight[3] *= 40
+    found, notes = run(tmp_path, bundle, texts, **budget)
+    assert sum(row["outliers"] for row in notes["inputs"]) > 0
+    blocks = {
+        f"{name}.weight": found.quantized[f"{name}.weight"] for name in surgery.linears(found.model, found.family)
+    }
+    mean = stored_bits(blocks) / sum(codes.codes.numel() for codes in blocks.values())
+    floats = sum(32 * p.numel() for name, p in found.model.named_parameters() if name not in found.quantized)
+    assert notes["mixed"]["bits_per_weight"] == pytest.approx(mean, abs=1e-3)
+    assert mean <= budget.get("bits_per_weight", 32)
+    assert (stored_bits(found.quantized) + floats) / 8e6 <= budget.get("max_megabytes", 1)

@@ -374,6 +374,7 @@ def test_settings_say_what_does_not_go_together() -> None:
     for values, text in (
         ({"step_down": (8, 4), "bits": 4}, "step_down goes with method train"),
         ({"method": "train", "step_down": (8, 4), "bits": 2}, "ends at bits, which is 2"),
+        ({"method": "train", "step_down": (8, 4), "bits": 8}, "ends at bits, which is 8"),
         ({"method": "train", "step_down": (4, 8), "bits": 8}, "falls from bits to fewer bits"),
         ({"method": "train", "step_down": (9, 8), "bits": 8}, "less than or equal to 8"),
         ({"method": "train", "activations": "binary"}, "'none', 'dynamic', 'token' or 'static'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,7 +11,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from flyweight.artifact import QuantizedTensor
 from flyweight.models.activations import dynamic_quantize, fake_quantize
+from flyweight.models.bundle import Codes
+from flyweight.models.codes import integer_bias
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +53,28 @@ def test_bit_exact(session: onnxruntime.InferenceSession) -> None:
         assert (codes.numpy() == y).all()
         expected = (y.astype(np.float32) - np.float32(zero)) * scale
         assert (fake_quantize(torch.from_numpy(case)).numpy() == expected).all()
+
+
+def test_an_integer_bias_by_hand() -> None:
+    """Steps of .5 x .25 and .5 x 1: 0.3 is 2.4 of the first, with the shift's 0.5 it is 6.4; a row of zeros takes fine ones."""
+    info = QuantizedTensor(shape=(3, 2), bits=8, scheme="symmetric", granularity="channel", static=True, shifted=True)
+    codes = Codes(
+        info=info,
+        codes=torch.tensor([[128 + 4, 128], [128, 128 - 2], [128, 128]], dtype=torch.uint8),
+        scale=torch.tensor([[0.25], [1.0], [1.0]]),
+        zero_point=None,
+        input_scale=torch.tensor([0.5]),
+        input_zero_point=torch.tensor([128], dtype=torch.uint8),
+        input_shift=torch.tensor([0.5, 0.0]),
+    )
+    held = integer_bias(codes, torch.tensor([0.3, 0.6, 0.1]))
+    assert held is not None
+    assert held.integers.tolist() == [6, 1, round(0.1 * 2**16)]
+    assert held.steps.tolist() == [0.125, 0.5, 2**-16]
+    assert held.scale.flatten().tolist() == [0.25, 1.0, 2**-15]
+    assert held.error.tolist() == pytest.approx([6 * 0.125 - 0.8, -0.1, round(0.1 * 2**16) / 2**16 - 0.1], abs=1e-7)
+    assert (
+        integer_bias(codes, torch.tensor([0.3, 1e9, 0.1])) is None
+    )  # more steps than an integer holds beside a product
+    assert integer_bias(replace(codes, info=info.model_copy(update={"bits": 6})), torch.zeros(3)) is None
+    assert integer_bias(replace(codes, input_scale=None), torch.zeros(3)) is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from flyweight.engines import onnx_nbits
 from flyweight.engines.onnx_integer import OPSET
 from flyweight.engines.onnx_rewrite import put_weights
 from flyweight.errors import ExportError
+from flyweight.models.surgery import linears
 from flyweight.tasks import Task, task_named
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def export(bundle: Bundle, folder: Path) -> Engine:
     """
     answer = Answer(bundle, task_named(bundle.task))
     weights, codes = _weights(answer, bundle)
-    graph = put_weights(_trace(answer, bundle), weights, codes, bundle.activations)
+    graph = put_weights(_trace(answer, bundle), weights, codes, bundle.activations, _exact(bundle, codes))
     opsets = [helper.make_opsetid("", OPSET)]
     if any(node.domain == onnx_nbits.DOMAIN for node in graph.node):
         opsets.append(helper.make_opsetid(onnx_nbits.DOMAIN, 1))
@@ -78,20 +79,25 @@ class Answer(nn.Module):
     """The task's answer as a function of arrays.
 
     The attention mask goes in as a bias [batch, 1, 1, length], which models take as it is; their own, made from the 2-D
-    mask, takes a hundred nodes and is as large as the scores.
+    mask, takes a hundred nodes and is as large as the scores. For decoders, which look back alone, it is [batch, 1, length,
+    length]; a decoder beside an encoder makes its own.
     """
 
     def __init__(self, bundle: Bundle, task: Task) -> None:
         super().__init__()
         self.model = bundle.model
         self.names = bundle.family.inputs
+        self.causal = all(stack.name == "decoder" for stack in bundle.family.stacks)
         self.task = task
 
     def forward(self, *arrays: Tensor) -> Tensor:
         batch = dict(zip(self.names, arrays, strict=True))
         hidden = batch["attention_mask"] == 0
-        bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, torch.finfo(torch.float32).min)
-        output = self.model(**{**batch, "attention_mask": bias[:, None, None, :]})
+        lowest, length = torch.finfo(torch.float32).min, hidden.shape[1]
+        bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, lowest)[:, None, None, :]
+        if self.causal:
+            bias = torch.minimum(bias, torch.full((length, length), lowest).triu(1))
+        output = self.model(**{**batch, "attention_mask": bias})
         return self.task.answer(output, batch)
 
 
@@ -161,6 +167,13 @@ def _weights(answer: Answer, bundle: Bundle) -> tuple[dict[str, NDArray[Any]], d
         value = tensor.detach().cpu()
         arrays[name] = (value.float() if value.is_floating_point() else value).numpy()
     return arrays, codes
+
+
+def _exact(bundle: Bundle, codes: Mapping[str, Codes]) -> set[str]:
+    """Linears outside the blocks (heads) whose inputs are not to be rounded, since none within is: by names in the graph."""
+    rounding = {name for name, one in codes.items() if onnx_nbits.rounds_input(one)}
+    inside = {f"{PREFIX}{name}.weight" for name in linears(bundle.model, bundle.family)}
+    return set() if rounding & inside else rounding
 
 
 def _write(model: onnx.ModelProto, path: Path) -> None:

@@ -35,10 +35,12 @@ __all__ = [
     "Draft",
     "Grid",
     "Rows",
+    "every_byte",
     "float_weight",
     "grid",
     "integers",
     "linear_integers",
+    "pack",
     "quantized_embedding",
     "quantized_linear",
     "table_bytes",
@@ -181,7 +183,7 @@ def _unpacked_matrix(draft: Draft, name: str, values: NDArray[np.int8], codes: C
     output = f"{name}.int8"
     if draft.has(output):
         return output
-    packed = draft.constant(f"{name}.codes", _pack(values.reshape(1, -1), how)[0])
+    packed = draft.constant(f"{name}.codes", pack(values.reshape(1, -1), how)[0])
     spread = _spread(draft, packed, how, output)  # [bytes, per byte]
     flat = draft.add("Reshape", [spread, draft.shape(-1)], f"{output}.flat")
     if values.size % how.per_byte:
@@ -192,7 +194,7 @@ def _unpacked_matrix(draft: Draft, name: str, values: NDArray[np.int8], codes: C
 def table_bytes(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
     """Name of a table's integers [rows, width] as they lie in the file: int8, or packed bytes, every row by itself."""
     how = grid(codes)
-    return draft.constant(f"{name}.codes", values if how.size == 8 else _pack(values, how))
+    return draft.constant(f"{name}.codes", values if how.size == 8 else pack(values, how))
 
 
 def _turned_table(draft: Draft, name: str, values: NDArray[np.int8], codes: Codes) -> str:
@@ -258,7 +260,7 @@ def _summed_rows(
     left, current = values.astype(np.int16) - layers[0].low, ""
     for place, plane in enumerate(layers):
         part = (plane.low + plane.step * (left // plane.step % (1 << plane.size))).astype(np.int8)
-        stored = draft.constant(f"{name}.codes.{place}", _pack(part, plane))
+        stored = draft.constant(f"{name}.codes.{place}", pack(part, plane))
         rows = _rows(draft, stored, ids, values.shape[1], plane, f"{output}.plane{place}")
         current = draft.add("Add", [current, rows], f"{output}.sum{place}") if current else rows
     return current
@@ -349,8 +351,8 @@ def quantized_embedding(draft: Draft, ids: str, name: str, codes: Codes, output:
     return draft.add("Reshape", [current, draft.shape(0, 0, width)], output)
 
 
-def _pack(values: NDArray[np.int8], how: Grid) -> NDArray[np.uint8]:
-    """[rows, n] -> [rows, ceil(n * size / 8)] bytes, the first value in the lowest bits."""
+def pack(values: NDArray[np.integer], how: Grid) -> NDArray[np.uint8]:
+    """Integers [rows, n] -> [rows, ceil(n * size / 8)] bytes, the first value in the lowest bits."""
     stored = ((values.astype(np.int16) - how.low) // how.step).astype(np.uint8)
     padded = np.pad(stored, ((0, 0), (0, -values.shape[1] % how.per_byte)))
     parts = padded.reshape(len(values), -1, how.per_byte) << (how.size * np.arange(how.per_byte, dtype=np.uint8))
@@ -360,12 +362,15 @@ def _pack(values: NDArray[np.int8], how: Grid) -> NDArray[np.uint8]:
 
 def _spread(draft: Draft, packed: str, how: Grid, output: str) -> str:
     """uint8 [...] -> int8 [..., per byte] by looking every byte up in a table."""
-    stored = (np.arange(256)[:, None] >> (how.size * np.arange(how.per_byte))) & (2**how.size - 1)
-    table = (how.low + how.step * stored).astype(np.int8)
+    table = draft.constant(f"table.{how.size}.{how.low}.{how.step}", every_byte(how))
     index = draft.add("Cast", [packed], f"{output}.index", to=TensorProto.INT32)
-    return draft.add(
-        "Gather", [draft.constant(f"table.{how.size}.{how.low}.{how.step}", table), index], f"{output}.spread"
-    )
+    return draft.add("Gather", [table, index], f"{output}.spread")
+
+
+def every_byte(how: Grid) -> NDArray[np.int8]:
+    """[256, per byte]: the integers that each byte holds."""
+    stored = (np.arange(256)[:, None] >> (how.size * np.arange(how.per_byte))) & (2**how.size - 1)
+    return np.asarray(how.low + how.step * stored, np.int8)
 
 
 def _cut(draft: Draft, x: str, length: int, axis: int, output: str) -> str:

@@ -17,19 +17,20 @@ with the same smoothing and the same grid (q, k and v) share all of it.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flyweight.engines.onnx_integer import Draft, linear_integers
 from flyweight.engines.onnx_rows import put_rows, rows_of, whole
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
-from flyweight.models.codes import dequantize
+from flyweight.models.codes import IntegerBias, integer_bias
 
 __all__ = ["rounded_linear", "smoothed", "with_outliers"]
 
-FINE = 7  # bits of a weight from which on its steps are fine enough for a bias
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -45,11 +46,14 @@ def rounded_linear(
         raise ExportError(
             f"a scale per tensor or channel for {name}", "groups", "quantize groups with activations: none"
         )
-    if activations == "static" and codes.input_shift is not None:
-        moved = _of_shift(codes)
-        bias = (f"{name}.of_shift", moved) if bias is None else (f"{bias[0]}.shifted", bias[1] + moved)
-    if activations == "static" and bias is not None and codes.info.bits >= FINE:
-        return _biased(draft, x, name, codes, bias, output)
+    if activations == "static":
+        held = integer_bias(codes, None if bias is None else torch.from_numpy(bias[1]))
+        if held is not None:
+            kept = replace(codes, scale=held.scale)
+            return _biased(draft, x, name, kept, f"{name}.of_shift" if bias is None else bias[0], held, output)
+        if codes.of_shift is not None:
+            moved = codes.of_shift.cpu().numpy()
+            bias = (f"{name}.of_shift", moved) if bias is None else (f"{bias[0]}.shifted", bias[1] + moved)
     x = whole(draft, x)
     inner, result = _moved(draft, x, codes), output if bias is None else f"{output}.product"
     product = result if codes.outliers is None else f"{output}.integers"
@@ -63,14 +67,12 @@ def rounded_linear(
     return output if bias is None else draft.add("Add", [result, draft.constant(*bias)], output)
 
 
-def _biased(draft: Draft, x: str, name: str, codes: Codes, bias: Bias, output: str) -> str:
-    """Product and bias in one integer Gemm, which knows matrices only. The bias is int32, in steps of both scales."""
+def _biased(draft: Draft, x: str, name: str, codes: Codes, bias: str, held: IntegerBias, output: str) -> str:
+    """Product and bias in one integer Gemm, which knows matrices only. bias: its name"""
     scale, zero = _grid(codes)
-    steps = (scale * codes.scale.cpu().numpy()).astype(np.float32)
-    steps = steps.reshape(()) if codes.info.granularity == "tensor" else steps.reshape(-1)
-    integers = np.clip(np.rint(bias[1].astype(np.float64) / steps), -(2**31), 2**31 - 1).astype(np.int32)
-    stored = draft.constant(f"{bias[0]}.int32", integers)
-    added = draft.add("DequantizeLinear", [stored, draft.constant(f"{bias[0]}.scale", steps)], f"{output}.bias", axis=0)
+    stored = draft.constant(f"{bias}.int32", held.integers.cpu().numpy())
+    steps = draft.constant(f"{bias}.scale", held.steps.cpu().numpy())
+    added = draft.add("DequantizeLinear", [stored, steps], f"{output}.bias", axis=0)
     out, width = codes.info.shape
     rows, result = rows_of(draft, x, width), f"{output}.rows"
     product = result if codes.outliers is None else f"{output}.integers"
@@ -114,13 +116,6 @@ def _shifted(draft: Draft, smoothed_x: str, codes: Codes) -> str:
     if draft.has(output):
         return output
     return draft.add("Add", [smoothed_x, draft.constant(f"shift.{key}", values)], output)
-
-
-def _of_shift(codes: Codes) -> NDArray[np.float32]:
-    """[out]: what the shift, 0 at outlier channels, gives when it is multiplied by the rounded weight."""
-    assert codes.input_shift is not None
-    found: NDArray[np.float32] = (dequantize(codes).double() @ codes.input_shift.double()).float().cpu().numpy()
-    return found
 
 
 def with_outliers(draft: Draft, x: str, name: str, codes: Codes, product: str, output: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,14 +30,21 @@ class Linear(NamedTuple):
 
 
 def put_weights(
-    graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], quantized: Mapping[str, Codes], activations: str
+    graph: onnx.GraphProto,
+    weights: Mapping[str, NDArray[Any]],
+    quantized: Mapping[str, Codes],
+    activations: str,
+    exact: Collection[str] = (),
 ) -> onnx.GraphProto:
     """`graph` has its parameters as inputs; the result has them as initializers, those in `quantized` as integers.
 
-    activations: what becomes of the inputs of quantized linears (`Bundle.activations`). A weight that is both a table and a
-    linear is stored once. Raises ExportError for a quantized weight that is read by anything but lookups and linears.
+    activations: what becomes of the inputs of quantized linears (`Bundle.activations`)
+    exact: weights whose inputs stay in float where MatMulNBits would round them
+
+    A weight that is both a table and a linear is stored once. Raises ExportError for a quantized weight that is read by
+    anything but lookups and linears.
     """
-    return _Rewriter(graph, weights, quantized, activations).run()
+    return _Rewriter(graph, weights, quantized, activations, exact).run()
 
 
 class _Rewriter:
@@ -54,8 +61,10 @@ class _Rewriter:
         weights: Mapping[str, NDArray[Any]],
         quantized: Mapping[str, Codes],
         activations: str,
+        exact: Collection[str],
     ) -> None:
         self.graph, self.weights, self.quantized, self.activations = graph, weights, quantized, activations
+        self.exact = exact
         self.draft = Draft(leads=_leads(graph))
         self.same: dict[str, str] = {}
         self.turned: dict[str, str] = {}
@@ -161,8 +170,8 @@ class _Rewriter:
                 return
             rounded_linear(self.draft, linear.x, name, codes, self.activations, product)
         else:
-            # few beside integer kernels (heads): as exact as can be
-            exact = self.activations == "static"
+            # few beside integer kernels, or beside float ones (heads): as exact as can be
+            exact = self.activations == "static" or name in self.exact
             weights_only_linear(self.draft, whole(self.draft, linear.x), name, codes, product, exact)
         if linear.bias is not None:
             self.draft.add("Add", [product, self._name(linear.bias)], linear.output)

@@ -29,9 +29,12 @@ from flyweight.engines.engine import FLAT, Arrays, Predictor
 from flyweight.errors import EngineError
 from flyweight.extras import have, need
 
-__all__ = ["available", "compiled", "load", "open", "open_file", "saturates"]
+__all__ = ["LEAST_BITS", "PACKED", "available", "compiled", "load", "open", "open_file", "saturates"]
 
 NAME, TELEMETRY = "openvino", "openvino_telemetry"
+LEAST_BITS = 3
+PACKED = f"linears of at least {LEAST_BITS} bits where inputs stay in float, as OpenVINO unpacks no fewer"
+"""What it expects of weights that are packed alone."""
 
 
 def available() -> str | None:
@@ -99,9 +102,12 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
     try:
         return core.compile_model(_unflattened(core.read_model(str(path))), "CPU", options)
     except Exception as error:  # OpenVINO's errors are RuntimeError and its children
+        reason = _reason(error)
+        if "only a constant as a B input" in reason:
+            raise EngineError(PACKED, "1 or 2", "use engine onnxruntime or torch") from None
         raise EngineError(
             f"an ONNX file that OpenVINO {load().__version__.partition('-')[0]} runs at {path}",
-            f"'{_reason(error)}'",
+            f"'{reason}'",
             "use engine onnxruntime, which runs all that Flyweight exports, or torch",
         ) from None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from flyweight.models.codes import integer_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "quantized_linears",
     "round_static",
     "round_tokens",
+    "rounded_biases",
     "rounding",
     "simulate",
 ]
@@ -76,7 +79,31 @@ def simulate(bundle: Bundle) -> Iterator[None]:
 def rounding(module: nn.Module, codes: Codes, activations: str) -> Iterator[None]:
     """The same for one linear."""
     how = _rounding(codes, activations)
-    hook = None if how is None else module.register_forward_pre_hook(partial(_round_input, codes, how))
+    if how is None:
+        yield
+        return
+    hook = module.register_forward_pre_hook(partial(_round_input, codes, how))
+    try:
+        with _rounded_bias(module, codes) if activations == "static" else nullcontext():
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def rounded_biases(bundle: Bundle) -> Iterator[None]:
+    """Biases as `simulate` has them where activations are static, and nothing else rounded."""
+    with ExitStack() as stack:
+        for name, modules in quantized_linears(bundle).items() if bundle.activations == "static" else ():
+            for module in modules:
+                stack.enter_context(_rounded_bias(module, bundle.quantized[name]))
+        yield
+
+
+@contextmanager
+def _rounded_bias(module: nn.Module, codes: Codes) -> Iterator[None]:
+    held = integer_bias(codes, module.bias if isinstance(module.bias, nn.Parameter) else None)
+    hook = None if held is None else module.register_forward_hook(partial(_add, held.error))
     try:
         yield
     finally:
@@ -106,6 +133,10 @@ def _rounding(codes: Codes, activations: str) -> Rounding | None:
     if codes.input_scale is None or codes.input_zero_point is None:
         return None
     return partial(round_static, scale=codes.input_scale, zero_point=codes.input_zero_point)
+
+
+def _add(change: Tensor, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + change.to(output)
 
 
 def _round_input(codes: Codes, how: Rounding, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

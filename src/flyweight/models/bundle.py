@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from flyweight.artifact import QuantizedTensor, StepRecord
@@ -51,6 +52,22 @@ class Codes:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     input_shift: Tensor | None = None
+
+    @cached_property
+    def of_shift(self) -> Tensor | None:
+        """[out] float32: input_shift @ weight^T."""
+        from flyweight.models.codes import dequantize
+
+        if self.input_shift is None:
+            return None
+        return (dequantize(self).double() @ self.input_shift.double()).float()
+
+    @cached_property
+    def zero_rows(self) -> Tensor:
+        """[out] bool: all of whose codes mean zero."""
+        from flyweight.models.codes import integers
+
+        return (integers(self) == 0).all(1)
 
 
 @dataclass

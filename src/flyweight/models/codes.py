@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,20 @@ if TYPE_CHECKING:
 
     from flyweight.models.bundle import Codes
 
-__all__ = ["dequantize", "described", "expand", "integers", "parameter_value", "zero_codes"]
+__all__ = [
+    "IntegerBias",
+    "dequantize",
+    "described",
+    "expand",
+    "integer_bias",
+    "integers",
+    "parameter_value",
+    "zero_codes",
+]
+
+FINE = 7  # bits of a weight from which on its steps are fine enough for a bias
+LARGEST = 2**30  # of an integer bias: as much again is left for the product
+OF_ZEROS = 2.0**-16  # steps of the bias of a row of zeros
 
 
 def integers(codes: Codes) -> Tensor:
@@ -67,6 +80,48 @@ def parameter_value(codes: Codes) -> Tensor:
     """The same in the layout of the module's own weight: [in, out] where `info.transposed`."""
     value = dequantize(codes)
     return value.t() if codes.info.transposed else value
+
+
+class IntegerBias(NamedTuple):
+    """integers [out] int32 in steps [out] or [] float32 of input scale times weight scale; value: [out], bias + shift @ weight^T
+
+    scale: of the weight, as `Codes` has it, but for rows of zeros, which any scale fits
+    """
+
+    integers: Tensor
+    steps: Tensor
+    scale: Tensor
+    value: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """[out] float32: what is added less what should be."""
+        return (self.integers.double() * self.steps.double() - self.value).float()
+
+
+def integer_bias(codes: Codes, bias: Tensor | None) -> IntegerBias | None:
+    """What a linear with a fixed input grid adds, as its int32 product can take it; None: it is added in float.
+
+    That is where there is nothing to add, where weights of fewer than FINE bits make the steps coarse, and where an integer
+    would be larger than LARGEST. With 8 bits a bias is then off by at most 1/127 of what rounding one input can do to the answer.
+    """
+    if codes.input_scale is None or codes.info.granularity == "group" or codes.info.bits < FINE:
+        return None
+    if bias is None and codes.input_shift is None:
+        return None
+    value = torch.zeros(codes.info.shape[0], device=codes.scale.device) if bias is None else bias.detach()
+    value = value.to(codes.scale.device, torch.float64)
+    value = value if codes.of_shift is None else value + codes.of_shift
+    scale = codes.scale
+    if codes.info.granularity == "channel":
+        scale = torch.where(codes.zero_rows[:, None], OF_ZEROS / codes.input_scale, scale)
+    steps = (codes.input_scale * scale.flatten()).float()
+    found = (value / steps.double()).round()
+    if not bool((found.abs() <= LARGEST).all()):
+        return None
+    return IntegerBias(
+        found.to(torch.int32), steps.reshape(()) if codes.info.granularity == "tensor" else steps, scale, value
+    )
 
 
 def expand(values: Tensor, info: Any) -> Tensor:

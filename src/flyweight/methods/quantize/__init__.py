@@ -22,7 +22,7 @@ from flyweight.methods.quantize.biases import correct_biases
 from flyweight.methods.quantize.gate import open_gate
 from flyweight.methods.quantize.gptq import gptq
 from flyweight.methods.quantize.hqq import hqq
-from flyweight.methods.quantize.mixed import choose_bits
+from flyweight.methods.quantize.mixed import account, choose_bits
 from flyweight.methods.quantize.reconstruct import reconstruct
 from flyweight.methods.quantize.static import input_grids, smooth_and_round
 from flyweight.methods.quantize.train import train_aware
@@ -41,6 +41,7 @@ def quantize(bundle: Bundle, settings: QuantizeSettings, context: Context) -> Bu
 
     Raises StepError, before anything is changed: a model already quantized, NaN or inf in a weight (layer named), a group
     that does not divide a layer's inputs, a `skip` pattern that fits no module, nothing to quantize, no texts to calibrate on.
+    Raises StepError, when the model is changed, where the rule of `gate: required` cannot hold.
     """
     if bundle.quantized:
         raise StepError("a model in float", "one already quantized", "quantize once, starting from the float model")
@@ -54,6 +55,8 @@ def quantize(bundle: Bundle, settings: QuantizeSettings, context: Context) -> Bu
     _round_blocks(work)
     if gate is not None:
         gate.hold()
+    if settings.mixed:
+        account(work)
     context.notes.update(_notes(work))
     return replace(bundle, quantized=work.codes, activations=settings.activations if work.codes else "none")
 
@@ -89,13 +92,16 @@ METHODS: dict[str, Callable[[Work], None]] = {
 
 
 def _notes(work: Work) -> dict[str, object]:
-    """What the record of this step says: counts, stored bits a weight (scales included), the layers that changed most."""
+    """What the record of this step says: counts, stored bits a weight (scales included), the layers that changed most.
+
+    Bits a weight are those of what has codes: None where nothing has.
+    """
     weights = sum(codes.codes.numel() for codes in work.codes.values())
     worst = sorted(work.errors.items(), key=lambda item: -item[1])[:5]
     return {
         "weights": weights,
         "tensors": len(work.codes),
-        "bits_per_weight": round(stored_bits(work.codes) / weights, 4),
+        "bits_per_weight": round(stored_bits(work.codes) / weights, 4) if weights else None,
         "relative_error": {name: round(error, 6) for name, error in worst},
         **work.notes,
     }

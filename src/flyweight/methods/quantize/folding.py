@@ -47,6 +47,7 @@ def source_of(work: Work, block: Block, site: Site) -> Source | None:
 
 def fold(work: Work, site: Site, source: Source, factors: Tensor) -> None:
     """Divide the source by `factors` [in] and multiply the columns of all the site's linears, none of them rounded so far."""
+    assert not any(target.parameter in work.floats for target in work.at(site))
     target = work.targets.get(source.name)
     codes = work.codes.get(target.parameter) if target is not None else None
     if target is None or codes is None:
@@ -86,6 +87,7 @@ def put_first(work: Work, site: Site, ups: list[str], first: Tensor) -> Tensor:
 
     Returns the order [neurons]: which one stands where.
     """
+    assert not any(target.parameter in work.floats for target in work.at(site))
     width = site.width
     rest = torch.ones(width, dtype=torch.bool, device=first.device)
     rest[first] = False
@@ -144,22 +146,52 @@ def _candidates(work: Work, block: Block, site: Site) -> Iterator[Source]:
 
 @torch.no_grad()
 def _holds(block: Block, site: Site, source: Source) -> bool:
-    """Whether dividing the source and multiplying the columns leaves the block's answer as it is."""
+    """Whether dividing the source and multiplying the columns leaves the block's answer as it is.
+
+    Tried on the longest texts as they are, and with what the source makes brought to a size of one: a Gelu of large numbers
+    looks like a ReLU. Within 1e-4 of what dividing alone would do (rounding: 1e-6; a bend of Gelu or SiLU: .1).
+    """
     generator = torch.Generator().manual_seed(0)
-    before = block.run(0)
-    factors = torch.exp(torch.randn(site.width, generator=generator) / 2).to(before)
+    batch = len(block.inputs) - 1
+    factors = torch.exp(torch.randn(site.width, generator=generator) / 2).to(block.inputs[batch])
     changed = [source.module, *site.linears.values()]
     saved = [(parameter, parameter.clone()) for module in changed for parameter in module.parameters(recurse=False)]
     try:
-        _divide(source, factors)
-        divided = block.run(0)
-        for module in site.linears.values():
-            surgery.weight_2d(module).mul_(factors)
-        after = block.run(0)
+        return all(
+            _commutes(block, batch, site, source, factors, size) for size in (None, _sizes(block, batch, source))
+        )
     finally:
         for parameter, value in saved:
             parameter.copy_(value)
-    return float((after - before).norm()) < 1e-3 * float((divided - before).norm())
+
+
+@torch.no_grad()
+def _commutes(block: Block, batch: int, site: Site, source: Source, factors: Tensor, size: Tensor | None) -> bool:
+    if size is not None:
+        _divide(source, size)
+    before = block.run(batch)
+    _divide(source, factors)
+    divided = block.run(batch)
+    for module in site.linears.values():
+        surgery.weight_2d(module).mul_(factors)
+    after = block.run(batch)
+    for module in site.linears.values():
+        surgery.weight_2d(module).div_(factors)
+    _divide(source, 1 / factors)
+    return float((after - before).norm()) < 1e-4 * float((divided - before).norm())
+
+
+@torch.no_grad()
+def _sizes(block: Block, batch: int, source: Source) -> Tensor:
+    """[in] root mean square of every channel that the source makes."""
+    found: list[Tensor] = []
+    hook = source.module.register_forward_hook(lambda module, given, output: found.append(output))
+    try:
+        block.run(batch)
+    finally:
+        hook.remove()
+    made = found[0].reshape(-1, found[0].shape[-1])[:, source.rows]
+    return made.square().mean(0).sqrt().clamp(min=1e-6)
 
 
 @torch.no_grad()

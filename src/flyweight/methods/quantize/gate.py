@@ -49,6 +49,11 @@ class Judged(NamedTuple):
     change: float
     low: float
 
+    @property
+    def missed(self) -> str:
+        """How a verdict that is no acceptance goes on."""
+        return self.verdict.text.removeprefix("Not accepted: ").rstrip(".")
+
     def as_note(self) -> dict[str, float]:
         return {name: round(number, 6) for name, number in zip(self._fields[1:], self[1:], strict=True)}
 
@@ -140,15 +145,14 @@ class Gate:
         judged = self.judge(answers)
         if judged.verdict.accepted:
             return
-        text = judged.verdict.text.removeprefix("Not accepted: ").rstrip(".")
         if self.work.settings.gate == "required":
             raise StepError(
                 "a model that meets the acceptance rule before it is quantized",
-                text,
+                judged.missed,
                 "compress less in the steps before, loosen the rule, or set gate to auto",
             )
         self.possible = False
-        context.progress.note(f"warning: the gate cannot hold: the float model itself misses the rule: {text}")
+        context.progress.note(f"warning: the gate cannot hold: the float model itself misses the rule: {judged.missed}")
 
     def hold(self) -> None:
         """Called when all codes are put. Notes `gate`. Raises StepError with `gate: required` where the rule cannot hold."""
@@ -163,9 +167,8 @@ class Gate:
         elif work.settings.method == "train":
             told = "The rule does not hold, and what was trained as one is not taken back layer by layer."
             if work.settings.gate == "required":
-                text = judged.verdict.text.removeprefix("Not accepted: ").rstrip(".")
                 raise StepError(
-                    "a trained model that meets the acceptance rule", text, "train longer or with more bits"
+                    "a trained model that meets the acceptance rule", judged.missed, "train longer or with more bits"
                 )
             context.progress.note(f"warning: {told}")
         else:
@@ -175,6 +178,8 @@ class Gate:
             fallen = [unit for unit in units if unit.at]
             rows = [unit.as_note() for unit in units]
             told = f"{len(fallen)} of {len(units)} layers fell back."
+            if not judged.verdict.accepted:
+                self.give_up(judged)
             for unit in fallen:
                 context.progress.note(f"gate: {unit.name} falls back to {unit.became}")
             context.progress.note(f"gate: {told} {judged.verdict.text}")
@@ -190,6 +195,18 @@ class Gate:
             "after": judged.as_note(),
             "layers": rows,
         }
+
+    def give_up(self, judged: Judged) -> None:
+        """Called where the rule does not hold with all layers in float. Raises StepError with `gate: required`."""
+        if self.work.settings.gate == "required":
+            raise StepError(
+                "a model that meets the acceptance rule in few bits or in float",
+                f"{judged.missed}, even with all layers in float",
+                "loosen the rule, or set gate to auto",
+            )
+        self.work.context.progress.note(
+            f"warning: the rule does not hold even with all layers in float, which they stay: {judged.missed}"
+        )
 
     def ranked(self) -> list[Unit]:
         """All layers, the most harmful first; every one with its output error, the worst with what the metric gains."""
@@ -214,7 +231,10 @@ class Gate:
         return [*sorted(candidates, key=lambda unit: keys[unit.name], reverse=True), *by_error[CANDIDATES:]]
 
     def fall_back(self, units: Sequence[Unit]) -> Judged:
-        """Put the fewest leading layers into float that make the rule hold, then lower each again as far as it bears."""
+        """Put the fewest leading layers into float that make the rule hold, then lower each again as far as it bears.
+
+        Where it does not hold with all of them, all of them stay there.
+        """
         work, progress = self.work, self.work.context.progress
 
         def with_first(number: int) -> Judged:
@@ -241,13 +261,13 @@ class Gate:
 def _fewest(tried: Callable[[int], Judged], most: int, progress: Any) -> tuple[int, Judged]:
     """(least n for which `tried(n)` is accepted, that verdict), were acceptance to grow with n: by doubling, then halving.
 
-    The model is left as `tried(n)` makes it. With all `most` it is the float model, which was seen to hold.
+    The model is left as `tried(n)` makes it. Where not even all `most` are accepted: (most, that verdict).
     """
     low, high, found = 0, most, None
     sizes = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
     for number in progress.track(sizes, "gate: falling back", total=len(sizes)):
         found = tried(number)
-        if found.verdict.accepted or number == most:
+        if found.verdict.accepted:
             high = number
             break
         low = number

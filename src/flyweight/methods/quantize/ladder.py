@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.models.bundle import Codes
 
-__all__ = ["Rung", "Unit", "climb", "units_of", "widened"]
+__all__ = ["Rung", "Unit", "climb", "corrected", "stand", "units_of", "widened"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,8 @@ def units_of(work: Work, errors: Mapping[tuple[str, ...], float | None]) -> list
 
 def _unit(work: Work, targets: list[Target], error: float | None) -> Unit:
     made = {target.module: work.codes[target.parameter] for target in targets}
-    before = {name: work.biases[name] for name in made if name in work.biases}
-    after = {
-        target.module: target.owner.get_parameter("bias").detach().clone()
-        for target in targets
-        if target.module in before
-    }
+    after = corrected(work, targets)
+    before = {name: work.biases[name] for name in after}
     return Unit(targets, _rungs(work, targets, made), before, after, error)
 
 
@@ -146,12 +142,25 @@ def climb(work: Work, unit: Unit, rung: int) -> None:
     """Put the layer on a rung, up or down. A bias that was corrected for the first rung's error is as it was on all others."""
     unit.at = rung
     for target in unit.targets:
-        codes = unit.rungs[rung].codes[target.module]
-        if codes is None:
-            work.take_back(target)
-        else:
-            work.put(target, codes)
         bias = (unit.biases if rung else unit.made).get(target.module)
-        if bias is not None:
-            with torch.no_grad():
-                target.owner.get_parameter("bias").copy_(bias)
+        stand(work, target, unit.rungs[rung].codes[target.module], bias)
+
+
+def stand(work: Work, target: Target, codes: Codes | None, bias: Tensor | None) -> None:
+    """Put codes, or the float weight again for None, and the bias that goes with them; None leaves the bias as it is."""
+    if codes is None:
+        work.take_back(target)
+    else:
+        work.put(target, codes)
+    if bias is not None:
+        with torch.no_grad():
+            target.owner.get_parameter("bias").copy_(bias)
+
+
+def corrected(work: Work, targets: Iterable[Target]) -> dict[str, Tensor]:
+    """{module name: bias as it is now} of those targets whose bias `work.biases` has as it was."""
+    return {
+        target.module: target.owner.get_parameter("bias").detach().clone()
+        for target in targets
+        if target.module in work.biases
+    }

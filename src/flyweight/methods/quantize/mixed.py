@@ -7,6 +7,9 @@ Choosing one of several widths for every layer so that their cost stays within a
 
 A layer's error is how far it alone, rounded to nearest, moves the output of its block (`sensitivity.py`). Errors are taken to
 add up.
+
+Outlier channels of static activations are found later, when the bits are given out: every layer is given room for some, and
+`Work.room` tells whoever finds them how much is left.
 """
 
 from __future__ import annotations
@@ -16,20 +19,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from flyweight.calibration import walk
 from flyweight.errors import StepError
 from flyweight.methods.quantize.sensitivity import TEXTS, chosen, moved
 from flyweight.methods.quantize.solving import texts
-from flyweight.methods.quantize.work import widest
+from flyweight.methods.quantize.work import stored_bits, widest
 
 if TYPE_CHECKING:
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.settings import QuantizeSettings
 
-__all__ = ["Choice", "allocate", "choose_bits", "widths"]
+__all__ = ["Choice", "account", "allocate", "choose_bits", "outlier_bits", "reserve", "widths"]
 
 CELLS = 1 << 16  # a table of costs has at most so many columns
+RESERVED = 8  # outlier channels that a linear is given room for, where they take at most half of what can be given out
+SMOOTHED = ("nearest", "gptq")  # methods that smooth static inputs and leave channels out
 
 
 class Choice(NamedTuple):
@@ -89,7 +95,7 @@ def _undominated(options: Sequence[Choice]) -> list[Choice]:
 
 def choose_bits(work: Work) -> None:
     """Give every linear of the blocks its own bits, so that they take `settings.bits_per_weight` on average, scales included, or
-    all weights of the model `settings.max_megabytes`.
+    all weights of the model `settings.max_megabytes`. What is left then is `work.room`.
 
     Raises StepError where the budget lies below the least possible (said), and without texts to look at.
     """
@@ -100,23 +106,59 @@ def choose_bits(work: Work) -> None:
     costs = {
         name: {bits: cost(work, target, bits) for bits in widths(work.settings)} for name, target in targets.items()
     }
-    budget = _budget(work, weights, sum(min(each.values()) for each in costs.values()))
+    least = sum(min(each.values()) for each in costs.values())
+    budget = _budget(work, weights, least)
+    for channels in range(min(RESERVED, work.settings.outliers), -1, -1):
+        reserved = sum(reserve(work, target, channels) for target in targets.values())
+        if 2 * reserved <= budget - least:
+            break
     errors = layer_errors(work)
     choices = {
         name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in widths(work.settings)]
         for name in targets
         if name in errors
     }
-    chosen = allocate(choices, budget)
+    chosen = allocate(choices, budget - reserved)
     for name, bits in chosen.items():
         work.targets[name] = targets[name]._replace(grid=targets[name].grid._replace(bits=bits))
-    used = sum(costs[name][bits] for name, bits in chosen.items())
+    used = sum(costs[name][bits] for name, bits in chosen.items()) + reserved
+    work.room = budget - used
     rows = [{"layer": name, "bits": bits, "error": round(errors[name][bits], 8)} for name, bits in chosen.items()]
     work.notes["mixed"] = {
         "budget": round(budget / weights, 4),
         "bits_per_weight": round(used / weights, 4),
+        "outliers_reserved": channels if reserved else 0,
         "layers": rows,
     }
+
+
+def account(work: Work) -> None:
+    """Note in `mixed` what is taken in the end, and, with a warning, by how many bytes the gate broke the budget."""
+    mean, megabytes = work.settings.bits_per_weight, work.settings.max_megabytes
+    targets = work.of("block")
+    if not targets:
+        return
+    sizes = {target.parameter: work.weight(target).numel() for target in targets}
+    weights, used = sum(sizes.values()), _taken(work, sizes)
+    note = work.notes["mixed"]
+    note["bits_per_weight"] = round(used / weights, 4)
+    if mean is not None:
+        over = used - int(mean * weights)
+        told = f"the linears of the blocks take {used / weights:.4f} bits a weight, more than bits_per_weight {mean:g}"
+    else:
+        assert megabytes is not None
+        whole = _taken(work, {name: value.numel() for name, value in work.bundle.model.named_parameters()})
+        over = whole - int(8e6 * megabytes)
+        told = f"the weights take {whole / 8e6:.4f} MB, more than max_megabytes {megabytes:g}"
+    if over > 0:
+        note["over_budget"] = math.ceil(over / 8)
+        work.context.progress.note(f"warning: {told}: the acceptance rule came first")
+
+
+def _taken(work: Work, sizes: Mapping[str, int]) -> int:
+    """Bits that parameters, {name: weights}, take now: their codes, or 32 a weight in float."""
+    codes = {name: work.codes[name] for name in sizes if name in work.codes}
+    return stored_bits(codes) + 32 * sum(size for name, size in sizes.items() if name not in codes)
 
 
 def _budget(work: Work, weights: int, least: int) -> int:
@@ -149,19 +191,37 @@ def widths(settings: QuantizeSettings) -> tuple[int, ...]:
 
 
 def cost(work: Work, target: Target, bits: int) -> int:
-    """Bits that the layer takes in `bits` a weight: codes, scales, zero-points, and the channel scales of AWQ and smoothing.
-
-    Outlier channels of static activations are not known yet and not counted.
+    """Bits that the layer takes in `bits` a weight, at most: codes, scales, zero-points, the channel scales of AWQ and smoothing,
+    the grid and the shift of static inputs. Outlier channels are not known yet: see `reserve`.
     """
     weight = work.weight(target)
     rows, inputs = weight.shape
     grid = target.grid
     scales = {"tensor": 1, "channel": rows, "group": weight.numel() // (grid.group_size or 1)}[grid.granularity]
     total = weight.numel() * bits + scales * (32 + (8 if grid.scheme == "asymmetric" else 0))
-    settings = work.settings
-    if settings.method == "awq" or (settings.activations == "static" and settings.smooth):
+    if target.part != "block":
+        return total
+    settings, static = work.settings, work.settings.activations == "static"
+    if settings.method == "awq" or (static and settings.smooth and settings.method in SMOOTHED):
         total += 32 * inputs
+    if static:
+        shifted = settings.smooth and isinstance(target.owner.bias, nn.Parameter)  # only a bias can make up for a shift
+        total += 32 + 8 + (32 * inputs if shifted else 0)
     return total
+
+
+def outlier_bits(target: Target, count: int, work: Work) -> int:
+    """Bits that `count` outlier channels of the layer take: where they are, and their weights in float."""
+    return count * (64 + 32 * len(work.weight(target)))
+
+
+def reserve(work: Work, target: Target, channels: int | None = None) -> int:
+    """Bits of the budget kept for outlier channels of the layer: so many, by default those noted, or all it can have if fewer."""
+    settings = work.settings
+    if settings.activations != "static" or settings.method not in SMOOTHED or target.grid.scheme == "binary":
+        return 0
+    kept = work.notes["mixed"]["outliers_reserved"] if channels is None else channels
+    return outlier_bits(target, min(kept, settings.outliers, work.weight(target).shape[1] // 4), work)
 
 
 def layer_errors(work: Work) -> dict[str, dict[int, float]]:

@@ -2,26 +2,29 @@
 
     error = |block(x; rounded) - block(x)|^2 / |block(x)|^2
 
-over the calibration texts, with everything else in float. All blocks of a stack write into one residual stream, so this is a
-share of the same thing everywhere, and it holds what the rest of the block makes of the error. The error of the linear's
-own output, |X (W - W_q)^T|^2 / |X W^T|^2, holds neither: much of a key projection's output is without effect.
+over the calibration texts, with everything else in float and biases as they were. All blocks of a stack write into one residual
+stream, so this is a share of the same thing everywhere, and it holds what the rest of the block makes of the error. The error of
+the linear's own output, |X (W - W_q)^T|^2 / |X W^T|^2, holds neither: much of a key projection's output is without effect.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from flyweight.calibration import walk
+from flyweight.methods.quantize.ladder import corrected, stand
 from flyweight.models.activations import rounding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from flyweight.calibration import Block
     from flyweight.data import Examples
@@ -40,15 +43,17 @@ def chosen(number: int, most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(number, most, replace=False))
 
 
-def moved(work: Work, block: Block, codes: Mapping[str, Codes]) -> float:
+def moved(
+    work: Work, block: Block, codes: Mapping[str, Codes], biases: Mapping[str, Tensor] = MappingProxyType({})
+) -> float:
     """The error of the block's output with the targets named by module rounded as `codes` say, inputs included.
 
-    The targets are in float before and after.
+    The targets are in float before and after. biases: those that were corrected for the codes, by module name
     """
     targets = [work.targets[name] for name in codes]
     with torch.no_grad(), ExitStack() as stack:
         for target in targets:
-            stack.enter_context(_put(work, target, codes[target.module]))
+            stack.enter_context(_put(work, target, codes[target.module], biases.get(target.module)))
         error = whole = 0.0
         for batch, wanted in enumerate(block.wanted):
             error += float((block.run(batch) - wanted).double().square().sum())
@@ -56,10 +61,10 @@ def moved(work: Work, block: Block, codes: Mapping[str, Codes]) -> float:
     return error / max(whole, 1e-30)
 
 
-def _put(work: Work, target: Target, codes: Codes) -> ExitStack:
+def _put(work: Work, target: Target, codes: Codes, bias: Tensor | None) -> ExitStack:
     stack = ExitStack()
-    work.put(target, codes)
-    stack.callback(work.take_back, target)
+    stand(work, target, codes, bias)
+    stack.callback(stand, work, target, None, work.biases.get(target.module))
     stack.enter_context(rounding(target.owner, codes, work.settings.activations))
     return stack
 
@@ -72,8 +77,9 @@ def site_errors(work: Work, examples: Examples) -> dict[tuple[str, ...], float]:
         if target.parameter in work.codes
     }
     held = [work.targets[name] for name in made]
+    biases = corrected(work, held)
     for target in held:
-        work.take_back(target)
+        stand(work, target, None, work.biases.get(target.module))
     found = {}
     few = examples.take(chosen(len(examples), TEXTS, work.context.seed))
     try:
@@ -81,8 +87,8 @@ def site_errors(work: Work, examples: Examples) -> dict[tuple[str, ...], float]:
             for site in block.sites:
                 names = tuple(target.module for target in work.at(site) if target.module in made)
                 if names:
-                    found[names] = moved(work, block, {name: made[name] for name in names})
+                    found[names] = moved(work, block, {name: made[name] for name in names}, biases)
     finally:
         for target in held:
-            work.put(target, made[target.module])
+            stand(work, target, made[target.module], biases.get(target.module))
     return found

@@ -13,13 +13,14 @@ A few channels may stay in float (LLM.int8, Dettmers et al. 2022, section 3.2). 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flyweight.errors import StepError
 from flyweight.methods.quantize.ranges import RANGES, grid_of
 from flyweight.models.activations import round_static
 
@@ -90,8 +91,8 @@ class Input:
         return inner if self.outliers is None else inner.index_fill(-1, self.outliers, 0)
 
 
-def round_weight(weight: Tensor, bits: int) -> Tensor:
-    """[out, in] on a symmetric grid a row: what a search assumes, whatever rounds in the end."""
+def round_weight(weight: Tensor, bits: int = 8) -> Tensor:
+    """[out, in] on a symmetric grid a row."""
     top = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(torch.float32).tiny)
     rounded: Tensor = (weight / scale).round().clamp(-top, top) * scale
@@ -101,14 +102,23 @@ def round_weight(weight: Tensor, bits: int) -> Tensor:
 class Search:
     """One site: `inputs` [tokens, in] that all its linears read, `weight` [out, in] of all of them, one below the other.
 
-    bits: of the grid that the weight is assumed to be rounded to; None: it is already
-    free: smoothing costs nothing, as what makes the inputs takes it
+    rounds: how a search assumes that the weight is rounded, whatever does in the end; None: it is already
+    free:   smoothing costs nothing, as what makes the inputs takes it
+    name:   of the site, for errors
 
     The extremes of min-max and of smoothing are those of all tokens; errors are taken on at most ROWS of them, chosen by `seed`.
     """
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bits: int | None = 8, seed: int = 0, free: bool = False) -> None:
-        self.weight, self.bits, self.free = weight, bits, free
+    def __init__(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        rounds: Callable[[Tensor], Tensor] | None = round_weight,
+        seed: int = 0,
+        free: bool = False,
+        name: str = "a layer",
+    ) -> None:
+        self.weight, self.rounds, self.free, self.name = weight, rounds, free, name
         self.low, self.high, self.mean = inputs.amin(0), inputs.amax(0), inputs.mean(0)
         self.weights = weight.abs().amax(0).clamp(min=TINY)
         if len(inputs) > ROWS:
@@ -157,7 +167,7 @@ class Search:
     def error(self, how: Input) -> float:
         """sqrt(|Y' - Y|^2 / |Y|^2) with inputs and weight rounded."""
         weight = how.weight(self.weight)
-        given = how.apply(self.rows) @ (weight if self.bits is None else round_weight(weight, self.bits)).t()
+        given = how.apply(self.rows) @ (weight if self.rounds is None else self.rounds(weight)).t()
         if how.shift is not None:
             given += self.weight @ how.shift
         if how.outliers is not None:
@@ -165,7 +175,7 @@ class Search:
         return float(((given - self.wanted).square().sum() / self.norm).sqrt())
 
     def best(self, ranges: str = "best", smooth: bool = True, outliers: int = 32, shift: bool = True) -> Input:
-        """The way with the least error for what it costs (`WORTH`).
+        """The way with the least error for what it costs (`WORTH`). Raises StepError where every error is NaN or inf.
 
         ranges: a name in RANGES, or "best"; outliers: at most so many channels in float; shift: whether channels may be centred
 
@@ -189,8 +199,11 @@ class Search:
     def _first(self, rule: str, ways: Iterable[tuple[float | None, int, Centre]]) -> Input:
         """Of (alpha, number of outliers, centre) in order of cost, the first that comes CLOSE to the best."""
         tried = [self.tried(alpha, count, rule, centre) for alpha, count, centre in ways]
-        least = min(how.worth() for how in tried)
-        return next(how for how in tried if how.worth() <= CLOSE * least)
+        worths = [worth for how in tried if math.isfinite(worth := how.worth())]
+        if not worths:
+            expected = f"a finite error of what rounding does in {self.name}"
+            raise StepError(expected, "NaN or inf", "check the model and the texts, or skip this layer")
+        return next(how for how in tried if how.worth() <= CLOSE * min(worths))
 
 
 def _by_error(how: Input) -> float:

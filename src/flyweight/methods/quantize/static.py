@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,11 @@ from torch import nn
 from flyweight.calibration import Block, Site, walk
 from flyweight.methods.quantize.folding import fold, neurons, put_first, source_of
 from flyweight.methods.quantize.gptq import factor, solved
-from flyweight.methods.quantize.smooth import Input, Search
+from flyweight.methods.quantize.grid import quantize_weight
+from flyweight.methods.quantize.mixed import outlier_bits, reserve
+from flyweight.methods.quantize.smooth import Input, Search, round_weight
 from flyweight.methods.quantize.solving import Moments, texts
+from flyweight.models import surgery
 from flyweight.models.activations import rounding
 from flyweight.models.codes import dequantize
 
@@ -44,11 +48,10 @@ def smooth_and_round(work: Work) -> None:
     for block, site, targets, inputs in _sites(work):
         whole = torch.cat([work.weight(target) for target in targets])
         source = source_of(work, block, site) if settings.smooth else None
-        search = Search(
-            inputs, whole, min(target.grid.bits for target in targets), work.context.seed, source is not None
-        )
-        exact = any(target.grid.scheme == "binary" for target in targets)  # a grid without zero leaves no channel out
-        how = search.best(settings.ranges, settings.smooth, 0 if exact else settings.outliers, _movable(work, targets))
+        search = Search(inputs, whole, partial(_rounded, targets), work.context.seed, source is not None, site.name)
+        how = search.best(settings.ranges, settings.smooth, _most(work, targets), _movable(work, targets))
+        if work.room is not None and how.outliers is not None:
+            work.room -= sum(outlier_bits(target, len(how.outliers), work) for target in targets)
         rows.append(_row(site, how))
         if source is not None and how.smooth is not None:
             fold(work, site, source, how.smooth)
@@ -87,7 +90,7 @@ def input_grids(work: Work) -> None:
         divided = inputs if smooth is None else inputs / smooth
         weights = [dequantize(work.codes[target.parameter]) for target in some]
         whole = torch.cat(weights if smooth is None else [weight * smooth for weight in weights])
-        search = Search(divided, whole, None, work.context.seed)
+        search = Search(divided, whole, None, work.context.seed, name=site.name)
         how = search.best(work.settings.ranges, smooth=False, outliers=0, shift=_movable(work, some))
         if how.shift is not None and smooth is not None:
             how = replace(how, shift=how.shift * smooth)
@@ -95,6 +98,28 @@ def input_grids(work: Work) -> None:
             _put(work, target, work.codes[target.parameter], how)
         rows.append(_row(site, how))
     work.notes["inputs"] = rows
+
+
+def _rounded(targets: list[Target], weight: Tensor) -> Tensor:
+    """[out, in], the weights of all targets one below the other, each to the nearest point of its grid."""
+    grids = {target.grid for target in targets}
+    first = targets[0].grid
+    if len(grids) == 1 and first.granularity == "channel" and first.scheme == "symmetric" and first.bits > 1:
+        return round_weight(weight, first.bits)
+    parts = torch.split(weight, [len(surgery.weight_2d(target.owner)) for target in targets])
+    pairs = zip(parts, targets, strict=True)
+    return torch.cat([dequantize(quantize_weight(part, target.grid)) for part, target in pairs])
+
+
+def _most(work: Work, targets: list[Target]) -> int:
+    """Outlier channels that the site may have: within the budget, and none beside a grid that has no zero to leave one out."""
+    if any(target.grid.scheme == "binary" for target in targets):
+        return 0
+    most = work.settings.outliers
+    if work.room is None:
+        return most
+    work.room += sum(reserve(work, target) for target in targets)
+    return min(most, work.room // sum(outlier_bits(target, 1, work) for target in targets))
 
 
 def _movable(work: Work, targets: list[Target]) -> bool:

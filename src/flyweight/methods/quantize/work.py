@@ -60,7 +60,9 @@ class Target(NamedTuple):
 class Work:
     """targets: by module name; codes, errors: what was put so far, by parameter and by module; notes: for the record
 
+    floats: weights as they were before they were put, by parameter, of what is put
     biases: as they were before they were corrected for rounding, by module name
+    room: bits of a budget that are left for outlier channels; None without a budget
     """
 
     bundle: Bundle
@@ -72,6 +74,7 @@ class Work:
     floats: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    room: int | None = None
 
     def __post_init__(self) -> None:
         if widest(self.settings) < self.settings.bits:
@@ -124,11 +127,11 @@ class Work:
                 self.biases.setdefault(target.module, bias.detach().clone())
 
     def take_back(self, target: Target) -> None:
-        """The float weight again."""
+        """The float weight again, which what comes before a new rounding may change (`folding`)."""
         if target.parameter not in self.codes:
             return
         with torch.no_grad():
-            surgery.weight_2d(target.owner).copy_(self.floats[target.parameter])
+            surgery.weight_2d(target.owner).copy_(self.floats.pop(target.parameter))
         del self.codes[target.parameter], self.errors[target.module]
 
 
