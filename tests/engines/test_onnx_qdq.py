@@ -66,7 +66,9 @@ def slow(codes: Codes, x: torch.Tensor, activations: str) -> torch.Tensor:
 
 def run(codes: Codes, x: torch.Tensor, activations: str, bias: np.ndarray | None = None) -> np.ndarray:
     draft = Draft()
-    whole(draft, rounded_linear(draft, "x", "weight", codes, activations, "y", None if bias is None else ("bias", bias)))
+    whole(
+        draft, rounded_linear(draft, "x", "weight", codes, activations, "y", None if bias is None else ("bias", bias))
+    )
     value = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
         for name, size in (("x", WIDTH), ("y", OUT))

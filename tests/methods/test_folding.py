@@ -67,7 +67,7 @@ def test_of_a_gated_mlp_the_half_that_is_not_bent(tiny: Tiny, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        {"activations": "static", "bits_per_weight": 9},
+        {"activations": "static", "bits_per_weight": 8},
         {"activations": "static", "bits_per_weight": 7, "method": "gptq"},
         {"activations": "none", "bits_per_weight": 7, "method": "awq", "bias_correction": True},
         {"activations": "static", "bits": 8},
@@ -86,7 +86,7 @@ def test_with_all_rounding_taken_back_a_model_answers_as_in_float(
     quantize(bundle, QuantizeSettings(**settings), context(tmp_path, texts(bundle)))
     (work,) = works
     rounded = block_outputs(bundle, texts(bundle))[-1]
-    assert (rounded - wanted).norm() < 0.5 * wanted.norm()
+    assert (rounded - wanted).norm() < 0.7 * wanted.norm()
     for target in work.targets.values():
         work.take_back(target)
         if target.module in work.biases:
