@@ -108,6 +108,15 @@ class TeacherSettings(TrainSettings):
     """Weight of the hidden-state loss (TinyBERT, Jiao et al. 2020, section 3.1); 0 leaves it out."""
     unlabelled: Path | None = None
     """A file of further texts without labels; they take part in the teacher's half of the loss."""
+    augment: float = Field(0.0, ge=0, le=0.5)
+    """Share of tokens that are replaced at random, in every step anew, by tokens of other texts of the batch: few texts then
+    last longer (Jiao et al. 2020, section 3.2, with words). The teacher is asked about what comes out: needs hidden_weight."""
+
+    @model_validator(mode="after")
+    def _augmented(self) -> Self:
+        if self.augment > 0 and self.hidden_weight == 0:
+            raise ValueError("augment asks the teacher about changed texts: set hidden_weight above 0")
+        return self
 
     @property
     def taught(self) -> bool:
@@ -228,7 +237,7 @@ class QuantizeSettings(TeacherSettings):
     hidden_weight: float = Field(1.0, ge=0)
     """`train`: weight of the hidden-state loss (Jiao et al. 2020, section 3.1); 0 leaves it out and spares the teacher's pass."""
     step_down: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
-    """`train`: bits to train at in turn, such as 8, 4, 2, 1, ending at `bits`, each for an equal share of the steps; the model
+    """`train`: bits to train at in turn, such as 8, 4, 2, 1, ending at `bits`, for shares of the steps as 1 / bits; the model
     of the stage before is a second teacher (Martinez et al. 2020, section 3.2)."""
     damping: float = Field(0.01, gt=0)
     """`gptq`: share of the mean diagonal that is added to the Hessian."""

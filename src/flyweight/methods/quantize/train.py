@@ -110,14 +110,18 @@ def _stages(settings: QuantizeSettings) -> list[QuantizeSettings]:
 
 
 def _shares(lesson: Lesson, settings: QuantizeSettings) -> list[int]:
-    """Optimizer steps of every stage: equal shares, the remainder to the last."""
+    """Optimizer steps of every stage, at least one: as 1 / bits, since fewer bits take longer; the remainder to the last."""
     total = math.ceil(settings.epochs * math.ceil(len(lesson.examples) / settings.batch_size))
     total = min(total, settings.max_steps or total)
-    count = len(settings.step_down) or 1
-    if total < count and count > 1:
-        raise StepError(f"at least {count} steps for step_down, one a stage", f"{total}", "raise epochs or max_steps")
-    each = total // count
-    return [*[each] * (count - 1), total - each * (count - 1)]
+    widths = settings.step_down or (settings.bits,)
+    if total < len(widths) and len(widths) > 1:
+        raise StepError(
+            f"at least {len(widths)} steps for step_down, one a stage", f"{total}", "raise epochs or max_steps"
+        )
+    parts = [1 / bits for bits in widths[:-1]]
+    whole = sum(parts) + 1 / widths[-1]
+    shares = [max(1, int(total * part / whole)) for part in parts]
+    return [*shares, total - sum(shares)]
 
 
 def _begin(work: Work) -> Fake:
