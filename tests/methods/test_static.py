@@ -11,7 +11,9 @@ from flyweight.calibration import walk
 from flyweight.errors import StepError
 from flyweight.methods.quantize import quantize, smooth
 from flyweight.methods.quantize.folding import neurons, put_first
+from flyweight.methods.quantize.ladder import climb, units_of
 from flyweight.methods.quantize.smooth import Search, round_weight
+from flyweight.methods.quantize.static import smooth_and_round
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models import surgery
 from flyweight.models.activations import simulate
@@ -277,3 +279,35 @@ def test_outlier_channels_stay_within_a_budget(tmp_path, budget, monkeypatch):
     assert notes["mixed"]["bits_per_weight"] == pytest.approx(mean, abs=1e-3)
     assert mean <= budget.get("bits_per_weight", 32)
     assert (stored_bits(found.quantized) + floats) / 8e6 <= budget.get("max_megabytes", 1)
+
+
+def test_on_wider_rungs_the_bias_takes_what_the_shift_loses_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(smooth, "PASS", 0)
+    bundle, texts = made(tmp_path)
+    with torch.no_grad():
+        for name, module in bundle.model.named_modules():
+            if name.endswith("LayerNorm"):
+                module.bias += 4
+    settings = QuantizeSettings(activations="static", bits=2, scheme="asymmetric", outliers=0)
+    work = Work(bundle, settings, context(tmp_path, texts), targets_of(bundle, settings))
+    smooth_and_round(work)
+    units = units_of(work, {(target.module,): None for target in work.of("block")})
+    shifted = [unit for unit in units if work.codes[unit.targets[0].parameter].input_shift is not None]
+    assert shifted
+    for unit in shifted:
+        (target,), before = unit.targets, target_bias(unit).clone()
+        shift = work.codes[target.parameter].input_shift
+        for rung in range(unit.top + 1):
+            climb(work, unit, rung)
+            now = surgery.weight_2d(target.owner).detach()
+            whole = shift @ work.weight(target).t() + work.biases[target.module]
+            if unit.rungs[rung].codes[target.module] is None or "float" in unit.became:
+                assert torch.equal(target_bias(unit), work.biases[target.module])
+            else:
+                torch.testing.assert_close(shift @ now.t() + target_bias(unit), whole, rtol=1e-4, atol=1e-4)
+        climb(work, unit, 0)
+        assert torch.equal(target_bias(unit), before)
+
+
+def target_bias(unit):
+    return unit.targets[0].owner.bias.detach()

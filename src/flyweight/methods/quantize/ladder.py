@@ -139,11 +139,15 @@ def _free(codes: Codes) -> Codes:
 
 
 def climb(work: Work, unit: Unit, rung: int) -> None:
-    """Put the layer on a rung, up or down. A bias that was corrected for the first rung's error is as it was on all others."""
+    """Put the layer on a rung, up or down. A bias that was corrected for the first rung's error is as it was on all others, but
+    for what a shift of the inputs loses there.
+    """
     unit.at = rung
     for target in unit.targets:
+        codes = unit.rungs[rung].codes[target.module]
         bias = (unit.biases if rung else unit.made).get(target.module)
-        stand(work, target, unit.rungs[rung].codes[target.module], bias)
+        lost = work.lost(target, codes) if rung and codes is not None else None
+        stand(work, target, codes, bias if bias is None or lost is None else bias + lost)
 
 
 def stand(work: Work, target: Target, codes: Codes | None, bias: Tensor | None) -> None:

@@ -128,12 +128,13 @@ def _movable(work: Work, targets: list[Target]) -> bool:
 
 
 def _put(work: Work, target: Target, codes: Codes, how: Input) -> None:
-    """Codes with the grid of the inputs. With a shift z the bias takes (W - W') z, so that z W^T is exact."""
-    work.put(target, replace(codes, input_scale=how.scale, input_zero_point=how.zero_point, input_shift=how.shift))
-    if how.shift is not None:
-        lost = work.weight(target) - dequantize(work.codes[target.parameter])
+    """Codes with the grid of the inputs; the bias takes what a shift loses."""
+    codes = replace(codes, input_scale=how.scale, input_zero_point=how.zero_point, input_shift=how.shift)
+    work.put(target, codes)
+    lost = work.lost(target, codes)
+    if lost is not None:
         with torch.no_grad():
-            target.owner.get_parameter("bias").add_(lost @ how.shift)
+            target.owner.get_parameter("bias").add_(lost)
 
 
 def _sites(work: Work) -> Iterator[tuple[Block, Site, list[Target], Tensor]]:

@@ -15,7 +15,7 @@ from flyweight.engines.onnxruntime import saturates
 from flyweight.errors import StepError, nearest
 from flyweight.methods.quantize.grid import Grid, quantize_weight
 from flyweight.models import surgery
-from flyweight.models.codes import described, parameter_value
+from flyweight.models.codes import dequantize, described, parameter_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +118,12 @@ class Work:
             parameter.copy_(value)
         self.codes[target.parameter] = codes
         self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), weight)
+
+    def lost(self, target: Target, codes: Codes) -> Tensor | None:
+        """[out], (W - W') z: with a shift z of the inputs the bias takes it, so that z W^T is exact. None without a shift."""
+        if codes.input_shift is None:
+            return None
+        return (self.weight(target) - dequantize(codes)) @ codes.input_shift
 
     def keep_biases(self) -> None:
         """Called before biases are changed: a layer that falls back needs the one it had."""
