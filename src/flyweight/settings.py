@@ -108,15 +108,6 @@ class TeacherSettings(TrainSettings):
     """Weight of the hidden-state loss (TinyBERT, Jiao et al. 2020, section 3.1); 0 leaves it out."""
     unlabelled: Path | None = None
     """A file of further texts without labels; they take part in the teacher's half of the loss."""
-    augment: float = Field(0.0, ge=0, le=0.5)
-    """Share of tokens that are replaced at random, in every step anew, by tokens of other texts of the batch: few texts then
-    last longer (Jiao et al. 2020, section 3.2, with words). The teacher is asked about what comes out: needs hidden_weight."""
-
-    @model_validator(mode="after")
-    def _augmented(self) -> Self:
-        if self.augment > 0 and self.hidden_weight == 0:
-            raise ValueError("augment asks the teacher about changed texts: set hidden_weight above 0")
-        return self
 
     @property
     def taught(self) -> bool:

@@ -43,13 +43,6 @@ class Encoder(NamedTuple):
     max_length: int
     truncate: bool = False
 
-    @property
-    def special(self) -> tuple[int, ...]:
-        """Ids that stand for no text: padding, and what the tokenizer says or puts around a text."""
-        added = self.tokenizer.get_added_tokens_decoder()
-        marks = {number for number, token in added.items() if token.special}
-        return tuple(sorted({self.pad, *marks, *self.tokenizer.encode("").ids}))
-
     def encode(self, texts: Sequence[tuple[str, str, str | None]]) -> list[Encoded]:
         """[(where, text, text_pair or None)] -> [(ids, segment ids or None)]. Raises DataError for too long a text."""
         if not texts:
