@@ -112,6 +112,7 @@ def choose_bits(work: Work) -> None:
         reserved = sum(reserve(work, target, channels) for target in targets.values())
         if 2 * reserved <= budget - least:
             break
+    work.reserved = channels
     errors = layer_errors(work)
     choices = {
         name: [Choice(bits, costs[name][bits], errors[name][bits]) for bits in widths(work.settings)]
@@ -220,7 +221,7 @@ def reserve(work: Work, target: Target, channels: int | None = None) -> int:
     settings = work.settings
     if settings.activations != "static" or settings.method not in SMOOTHED or target.grid.scheme == "binary":
         return 0
-    kept = work.notes["mixed"]["outliers_reserved"] if channels is None else channels
+    kept = work.reserved if channels is None else channels
     return outlier_bits(target, min(kept, settings.outliers, work.weight(target).shape[1] // 4), work)
 
 

@@ -63,6 +63,7 @@ class Work:
     floats: weights as they were before they were put, by parameter, of what is put
     biases: as they were before they were corrected for rounding, by module name
     room: bits of a budget that are left for outlier channels; None without a budget
+    reserved: outlier channels that the budget keeps bits for in every linear
     """
 
     bundle: Bundle
@@ -75,6 +76,7 @@ class Work:
     notes: dict[str, Any] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     room: int | None = None
+    reserved: int = 0
 
     def __post_init__(self) -> None:
         if widest(self.settings) < self.settings.bits:
