@@ -42,7 +42,7 @@ def last_inputs(bundle, examples, module):
 def test_streams_what_the_whole_model_computes(bundle):
     examples = texts(bundle)
     visited = []
-    for block in walk(bundle, examples):
+    for block in walk(bundle, examples, wanted=True):
         visited.append(block.name)
         for site in block.sites:
             for module in site.linears.values():
@@ -66,9 +66,9 @@ def test_sites_hold_every_linear_once_and_share_inputs(bundle):
 
 def test_later_blocks_see_changed_weights_and_wanted_stays_that_of_the_float_model(bundle):
     examples = texts(bundle)
-    untouched = [[one.clone() for one in block.wanted] for block in walk(bundle, examples)]
+    untouched = [[one.clone() for one in block.wanted] for block in walk(bundle, examples, wanted=True)]
     stack = next(iter(surgery.blocks(bundle.model, bundle.family)))
-    for i, block in enumerate(walk(bundle, examples)):
+    for i, block in enumerate(walk(bundle, examples, wanted=True)):
         if block.stack == stack:
             assert all(torch.equal(a, b) for a, b in zip(block.wanted, untouched[i], strict=True))
         if block.number:

@@ -38,7 +38,9 @@ __all__ = [
     "StepRecord",
     "Verdict",
     "engine_entry",
+    "file_hash",
     "is_artifact",
+    "known_hash",
     "read_manifest",
     "verify",
     "write_folder",
@@ -276,8 +278,21 @@ def verify(folder: Path) -> Manifest:
 
 
 def file_hash(path: Path) -> str:
+    """sha256 of what the file holds, read from disk."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: Path) -> str:
+    """`file_hash`, read once in this process as long as the file's size, number and times stay what they were."""
+    about = path.stat()
+    same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    if same not in _known:
+        _known[same] = file_hash(path)
+    return _known[same]
+
+
+_known: dict[tuple[int, ...], str] = {}
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
@@ -288,7 +303,7 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
             continue
         if path.suffix in FORBIDDEN:
             raise ArtifactError("only safetensors, ONNX, JSON and text in an artifact", f"{path.name}", "remove it")
-        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=file_hash(path), bytes=path.stat().st_size)
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=known_hash(path), bytes=path.stat().st_size)
     return entries
 
 

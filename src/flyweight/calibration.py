@@ -1,8 +1,9 @@
 """The one walk over a model's blocks, for every method that looks at what flows through them and needs no gradient loop.
 
 Blocks are visited in order of execution. At each stop a method sees one block, what flows into it from the blocks already
-changed, and what the float block would have answered; it changes the block's weights as it likes, and the walk goes on with
-the changed ones. Only one block's inputs and wanted outputs are held: [texts, tokens, width] twice, plus what the method keeps.
+changed and, if it asks, what the float block would have answered; it changes the block's weights as it likes, and the walk
+goes on with the changed ones. Only one block's inputs (and wanted outputs) are held, [texts, tokens, width], plus what the
+method keeps.
 
 Texts of equal length share a batch, so that no padding is ever looked at.
 """
@@ -73,8 +74,8 @@ class Block:
     stack:  name of its stack; `number`: its place in it
     module: the block itself
     inputs: hidden states [texts, tokens, width] that flow in now, one tensor a batch
-    wanted: what the float block answers to float inputs, likewise
     sites:  its linears by what they read, in order of execution
+    float_outputs: what the float block answers to float inputs, one tensor a batch; None unless the walk was asked for it
     """
 
     name: str
@@ -82,9 +83,16 @@ class Block:
     number: int
     module: nn.Module
     inputs: list[Tensor]
-    wanted: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     sites: tuple[Site, ...] = ()
+    float_outputs: list[Tensor] | None = None
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        """`float_outputs`. Raises RuntimeError where the walk was not asked for them."""
+        if self.float_outputs is None:
+            raise RuntimeError("expected walk(wanted=True)")
+        return self.float_outputs
 
     def run(self, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output for `hidden` (by default its input) with what else belongs to that batch: masks, positions."""
@@ -110,9 +118,15 @@ def calibrate(bundle: Bundle, examples: Examples, solver: Solver, progress: Prog
 
 
 def walk(
-    bundle: Bundle, examples: Examples, progress: Progress | None = None, what: str = "calibrating"
+    bundle: Bundle,
+    examples: Examples,
+    progress: Progress | None = None,
+    what: str = "calibrating",
+    wanted: bool = False,
 ) -> Iterator[Block]:
     """Visit all blocks, in eval mode; the model's mode is put back at the end.
+
+    wanted: also take what the float blocks answer, at one more pass over each
 
     In an encoder-decoder the decoder's `wanted` is for what the changed encoder says. Raises StepError without texts, and
     where a block answers with NaN or inf (named).
@@ -126,20 +140,22 @@ def walk(
     model.train(False)
     try:
         inputs: list[Tensor] = []
-        wanted: list[Tensor] = []
+        answers: list[Tensor] | None = None
         calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         for stack, number, module in (progress or NoProgress()).track(every, what, total=len(every)):
             if number == 0:
                 inputs, calls = _enter(bundle, examples, list(stacks[stack]))
-                wanted = inputs
-            block = Block(names[id(module)], stack, number, module, inputs, wanted, [call[number] for call in calls])
-            with torch.no_grad():
-                block.wanted = [block.run(batch, hidden) for batch, hidden in enumerate(wanted)]
-            _finite(block, block.wanted)
+                answers = inputs if wanted else None
+            block = Block(names[id(module)], stack, number, module, inputs, [call[number] for call in calls])
+            if answers is not None:
+                with torch.no_grad():
+                    answers = [block.run(batch, hidden) for batch, hidden in enumerate(answers)]
+                _finite(block, answers)
+                block.float_outputs = answers
             block.sites = _sites(block, names)
             yield block
             with torch.no_grad():
-                inputs, wanted = [block.run(batch) for batch in range(len(inputs))], block.wanted
+                inputs = [block.run(batch) for batch in range(len(inputs))]
             _finite(block, inputs)
     finally:
         model.train(training)

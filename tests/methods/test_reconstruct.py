@@ -119,7 +119,7 @@ def test_a_linear_learns_to_round_better_than_to_nearest(grid: Grid) -> None:
     toy = Toy()
     with torch.no_grad():
         wanted = [toy(one) for one in inputs]
-    block = Block("toy", "encoder", 0, toy, inputs, wanted, [((), {})] * 8)
+    block = Block("toy", "encoder", 0, toy, inputs, [((), {})] * 8, float_outputs=wanted)
     found = {"linear": Rounding(toy.linear.weight.detach().clone(), grid, quantize_weight(toy.linear.weight, grid))}
     before = {name: parameter.clone() for name, parameter in toy.named_parameters()}
     with torch.no_grad():

@@ -94,7 +94,7 @@ def origin_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and (path.name in names or path.suffix in (".safetensors", ".model")):
-            digest.update(f"{path.name}\0{artifact.file_hash(path)}\n".encode())
+            digest.update(f"{path.name}\0{artifact.known_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

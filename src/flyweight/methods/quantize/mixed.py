@@ -230,7 +230,7 @@ def layer_errors(work: Work) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     every = texts(work)
     few = every.take(chosen(len(every), TEXTS, work.context.seed))
-    for block in walk(work.bundle, few, work.context.progress, "errors by bits"):
+    for block in walk(work.bundle, few, work.context.progress, "errors by bits", wanted=True):
         for target in (target for site in block.sites for target in work.at(site)):
             found[target.module] = {
                 bits: moved(work, block, {target.module: work.rounded(target, target.grid._replace(bits=bits))})

@@ -47,7 +47,7 @@ SPAN = (0.5, 1.5)
 def reconstruct(work: Work) -> None:
     """Put codes for all linears of the blocks. Raises StepError as `gptq` does."""
     generator = torch.Generator().manual_seed(work.context.seed)
-    for block in walk(work.bundle, texts(work), work.context.progress, "reconstructing"):
+    for block in walk(work.bundle, texts(work), work.context.progress, "reconstructing", wanted=True):
         targets = [target for site in block.sites for target in work.at(site)]
         if targets:
             _solve(work, block, targets, generator)

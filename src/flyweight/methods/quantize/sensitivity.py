@@ -83,7 +83,7 @@ def site_errors(work: Work, examples: Examples) -> dict[tuple[str, ...], float]:
     found = {}
     few = examples.take(chosen(len(examples), TEXTS, work.context.seed))
     try:
-        for block in walk(work.bundle, few, work.context.progress, "gate: output errors"):
+        for block in walk(work.bundle, few, work.context.progress, "gate: output errors", wanted=True):
             for site in block.sites:
                 names = tuple(target.module for target in work.at(site) if target.module in made)
                 if names:

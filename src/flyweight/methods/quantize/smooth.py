@@ -24,7 +24,7 @@ from flyweight.errors import StepError
 from flyweight.methods.quantize.ranges import RANGES, grid_of
 from flyweight.models.activations import round_static
 
-__all__ = ["Input", "Search", "round_weight"]
+__all__ = ["Input", "Search", "round_weight", "some"]
 
 Centre = Literal["zero", "middle", "mean"]
 
@@ -34,7 +34,8 @@ PASS = 60  # a pass over floats takes as long for one number as so many products
 PICK = 16  # channels that one pass over the input picks
 CLOSE = 1.03  # of two ways as good as each other the plainer one is taken
 WORTH = 2.0  # what makes a linear a tenth slower has to take a fifth off its error
-ROWS = 512
+ROWS = 512  # tokens that errors are taken on
+OUTPUTS = 512  # and outputs
 TINY = 1e-5
 
 
@@ -91,6 +92,14 @@ class Input:
         return inner if self.outliers is None else inner.index_fill(-1, self.outliers, 0)
 
 
+def some(whole: Tensor, most: int, seed: int) -> Tensor:
+    """[rows, ...], or `most` of the rows chosen at random."""
+    if len(whole) <= most:
+        return whole
+    chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:most]
+    return whole[chosen.to(whole.device)]
+
+
 def round_weight(weight: Tensor, bits: int = 8) -> Tensor:
     """[out, in] on a symmetric grid a row."""
     top = 2 ** (bits - 1) - 1
@@ -106,7 +115,8 @@ class Search:
     free:   smoothing costs nothing, as what makes the inputs takes it
     name:   of the site, for errors
 
-    The extremes of min-max and of smoothing are those of all tokens; errors are taken on at most ROWS of them, chosen by `seed`.
+    The extremes of min-max and of smoothing are those of all tokens; errors are taken on at most ROWS of
+    them and at most OUTPUTS of the outputs, chosen by `seed`.
     """
 
     def __init__(
@@ -121,11 +131,10 @@ class Search:
         self.weight, self.rounds, self.free, self.name = weight, rounds, free, name
         self.low, self.high, self.mean = inputs.amin(0), inputs.amax(0), inputs.mean(0)
         self.weights = weight.abs().amax(0).clamp(min=TINY)
-        if len(inputs) > ROWS:
-            chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:ROWS]
-            inputs = inputs[chosen.to(inputs.device)]
-        self.rows = inputs
-        self.wanted = inputs @ weight.t()
+        self.rows = some(inputs, ROWS, seed)
+        self.some = some(torch.arange(len(weight), device=weight.device), OUTPUTS, seed)
+        self.judged = weight[self.some]
+        self.wanted = self.rows @ self.judged.t()
         self.norm = self.wanted.square().sum().clamp(min=1e-30)
 
     def centre(self, name: Centre) -> Tensor | None:
@@ -167,11 +176,12 @@ class Search:
     def error(self, how: Input) -> float:
         """sqrt(|Y' - Y|^2 / |Y|^2) with inputs and weight rounded."""
         weight = how.weight(self.weight)
-        given = how.apply(self.rows) @ (weight if self.rounds is None else self.rounds(weight)).t()
+        rounded = (weight if self.rounds is None else self.rounds(weight))[self.some]
+        given = how.apply(self.rows) @ rounded.t()
         if how.shift is not None:
-            given += self.weight @ how.shift
+            given += self.judged @ how.shift
         if how.outliers is not None:
-            given += self.rows[:, how.outliers] @ self.weight[:, how.outliers].t()
+            given += self.rows[:, how.outliers] @ self.judged[:, how.outliers].t()
         return float(((given - self.wanted).square().sum() / self.norm).sqrt())
 
     def best(self, ranges: str = "best", smooth: bool = True, outliers: int = 32, shift: bool = True) -> Input:

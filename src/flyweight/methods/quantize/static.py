@@ -20,7 +20,7 @@ from flyweight.methods.quantize.folding import fold, neurons, put_first, source_
 from flyweight.methods.quantize.gptq import factor, solved
 from flyweight.methods.quantize.grid import quantize_weight
 from flyweight.methods.quantize.mixed import outlier_bits, reserve
-from flyweight.methods.quantize.smooth import Input, Search, round_weight
+from flyweight.methods.quantize.smooth import Input, Search, round_weight, some
 from flyweight.methods.quantize.solving import Moments, texts
 from flyweight.models import surgery
 from flyweight.models.activations import rounding
@@ -63,8 +63,8 @@ def smooth_and_round(work: Work) -> None:
         made = None
         if settings.method == "gptq":
             moments = Moments.of(site, inputs.device)
-            for some in torch.split(how.apply(inputs), 1024):
-                moments.add(some)
+            for part in torch.split(how.apply(inputs), 1024):
+                moments.add(part)
             made = factor(moments.gram(site.name), settings.damping, site.name)
         for target in targets:
             weight = work.weight(target)
@@ -83,18 +83,18 @@ def input_grids(work: Work) -> None:
     rows = []
     work.keep_biases()
     for _, site, targets, inputs in _sites(work):
-        some = [target for target in targets if target.parameter in work.codes]
-        if not some:
+        changed = [target for target in targets if target.parameter in work.codes]
+        if not changed:
             continue
-        smooth = work.codes[some[0].parameter].smooth  # one for the site
+        smooth = work.codes[changed[0].parameter].smooth  # one for the site
         divided = inputs if smooth is None else inputs / smooth
-        weights = [dequantize(work.codes[target.parameter]) for target in some]
+        weights = [dequantize(work.codes[target.parameter]) for target in changed]
         whole = torch.cat(weights if smooth is None else [weight * smooth for weight in weights])
         search = Search(divided, whole, None, work.context.seed, name=site.name)
-        how = search.best(work.settings.ranges, smooth=False, outliers=0, shift=_movable(work, some))
+        how = search.best(work.settings.ranges, smooth=False, outliers=0, shift=_movable(work, changed))
         if how.shift is not None and smooth is not None:
             how = replace(how, shift=how.shift * smooth)
-        for target in some:
+        for target in changed:
             _put(work, target, work.codes[target.parameter], how)
         rows.append(_row(site, how))
     work.notes["inputs"] = rows
@@ -145,19 +145,10 @@ def _sites(work: Work) -> Iterator[tuple[Block, Site, list[Target], Tensor]]:
                 targets = work.at(site)
                 if not targets:
                     continue
-                yield block, site, targets, _some(list(block.stream(site)), work.context.seed)
+                yield block, site, targets, some(torch.cat(list(block.stream(site))), KEPT, work.context.seed)
                 for target in targets:
                     if (codes := work.codes.get(target.parameter)) is not None:
                         hooks.enter_context(rounding(target.owner, codes, "static"))
-
-
-def _some(parts: list[Tensor], seed: int) -> Tensor:
-    """[tokens, in] of all texts, or KEPT of them chosen at random."""
-    whole = torch.cat(parts)
-    if len(whole) <= KEPT:
-        return whole
-    chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:KEPT]
-    return whole[chosen.to(whole.device)]
 
 
 def _row(site: Site, how: Input) -> dict[str, object]:
