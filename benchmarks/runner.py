@@ -36,7 +36,7 @@ from flyweight.measure.environment import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 WORK = HERE / ".work"
-LIMIT_MINUTES = 30.0
+LEAST_LIMIT, PATIENCE = 30.0, 3  # minutes; a row may take so many times what it says
 TRIAL = False
 # Nothing is fetched and nothing is reported to anybody; logs hold no bars.
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -178,14 +178,14 @@ def run_table(table: Table, only: Sequence[str], again: bool, seed: int) -> int:
         if again:
             shutil.rmtree(WORK / table.name / row.name, ignore_errors=True)
         result_path(table.name, row.name).unlink(missing_ok=True)
-        why = _run_in_process(table.name, row.name, seed)
+        why = _run_in_process(table.name, row.name, seed, max(LEAST_LIMIT, PATIENCE * row.minutes))
         failed += why is not None
         if why is not None and failure(table.name, row.name) is None:
             keep_failure(table, row, seed, why)
     return failed
 
 
-def _run_in_process(table: str, row: str, seed: int) -> str | None:
+def _run_in_process(table: str, row: str, seed: int, limit: float) -> str | None:
     """None, or why it did not end well."""
     print(f"{row}: started", flush=True)
     start = time.perf_counter()
@@ -193,9 +193,9 @@ def _run_in_process(table: str, row: str, seed: int) -> str | None:
     command += ["--trial"] if TRIAL else []
     child = subprocess.Popen(command, cwd=HERE.parent, env={**os.environ, **QUIET})
     try:
-        status = child.wait(LIMIT_MINUTES * 60)
+        status = child.wait(limit * 60)
     except subprocess.TimeoutExpired:
-        why = f"stopped after {LIMIT_MINUTES:g} minutes; the same command goes on where it was"
+        why = f"stopped after {limit:.0f} minutes; the same command goes on where it was"
         print(f"{row}: {why}")
         return why
     finally:

@@ -43,7 +43,7 @@ def test_a_row_is_kept_with_what_it_rests_on(places: Path) -> None:
 def test_only_what_is_missing_runs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
-    def in_process(name: str, row: str, seed: int) -> None:
+    def in_process(name: str, row: str, seed: int, limit: float) -> None:
         started.append(row)
         runner.run_row(SAMPLE, row, seed)
 
@@ -64,7 +64,8 @@ def test_a_row_waits_for_what_it_needs(places: Path, capsys: pytest.CaptureFixtu
 def test_a_row_that_takes_too_long_is_stopped(
     places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "LIMIT_MINUTES", 0.0005)
+    monkeypatch.setattr(runner, "LEAST_LIMIT", 0.0005)
+    monkeypatch.setattr(runner, "PATIENCE", 0)
     assert runner.run_table(SAMPLE, ("small",), again=False, seed=0) == 1
     assert "goes on where it was" in capsys.readouterr().out
 
@@ -117,7 +118,9 @@ def test_a_row_fails_by_itself(places: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     rows = (Row("first", "one that fails", 0.1, sometimes), *ROWS)
     sample = Table("sample", "", "", rows, "reference")
-    monkeypatch.setattr(runner, "_run_in_process", lambda table, row, seed: runner.run_row(sample, row, seed) and None)
+    monkeypatch.setattr(
+        runner, "_run_in_process", lambda table, row, seed, _: runner.run_row(sample, row, seed) and None
+    )
     runner.run_table(sample, (), again=False, seed=0)
     assert runner.failure("sample", "first") == "ValueError: no such thing in .../models"
     assert runner.load("sample", "first") is None

@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 
 from flyweight.errors import SettingsError, nearest
 
-__all__ = ["ENGINES", "FLAT", "EngineModule", "Predictor", "engine_named"]
+__all__ = ["ENGINES", "EngineModule", "Predictor", "engine_named"]
 
 Arrays = dict[str, NDArray[np.int64]]
-
-FLAT = ".flat"
-"""How a value's name in our ONNX files ends where it is made a matrix (`engines.onnx_rows`)."""
 
 
 class Predictor(Protocol):

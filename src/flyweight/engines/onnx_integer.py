@@ -26,12 +26,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from flyweight.engines.onnx_names import LOOKUP, UNPACKED, UPPER
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
 
 __all__ = [
     "OPSET",
-    "UPPER",
     "Draft",
     "Grid",
     "Rows",
@@ -122,8 +122,6 @@ class Grid(NamedTuple):
 
 WITH_TAIL = (4, 6, 7)
 """Bits of tables whose last values lie above the first ones."""
-UPPER = ".upper"
-"""How the output of a QuantizeLinear ends that unpacks a table, and rounds no activation."""
 
 
 def grid(codes: Codes) -> Grid:
@@ -268,7 +266,7 @@ def _summed_rows(
 
 def _rows(draft: Draft, stored: str, ids: str, width: int, how: Grid, output: str) -> str:
     """Integers as float32 [batch, length, width] of a table's rows as they lie in the file."""
-    current = draft.add("Gather", [stored, ids], f"{output}.rows")
+    current = draft.add("Gather", [stored, ids], f"{output}{LOOKUP}")
     if how.size < 8:
         spread = _spread(draft, current, how, output)  # [batch, length, bytes, per byte]
         current = draft.add("Reshape", [spread, draft.shape(0, 0, -1)], f"{output}.joined")
@@ -297,7 +295,7 @@ def _rows_with_tail(draft: Draft, ids: str, name: str, values: NDArray[np.int8],
     """
     half, width = 1 << (bits - 1), values.shape[1]
     stored = draft.constant(f"{name}.codes", _pack_with_tail((values.astype(np.int16) + half).astype(np.uint8), bits))
-    rows = draft.add("Gather", [stored, ids], f"{output}.rows")
+    rows = draft.add("Gather", [stored, ids], f"{output}{LOOKUP}")
     top, none = number(draft, 2 * half), draft.constant("uint8.0", np.array(0, np.uint8))
     centre = draft.constant(f"uint8.{half}", np.array(half, np.uint8))
     moved = draft.add("DequantizeLinear", [rows, number(draft, 1), centre], f"{output}.moved")  # byte - half
@@ -312,7 +310,7 @@ def _rows_with_tail(draft: Draft, ids: str, name: str, values: NDArray[np.int8],
     parts = draft.add("Mul", [groups, powers], f"{output}.parts")
     rest = draft.add("ReduceSum", [parts, draft.shape(2)], f"{output}.rest", keepdims=0)
     rest = draft.add("Sub", [rest, number(draft, half)], f"{output}.tail")
-    current = draft.add("Concat", [first, rest], f"{output}.whole", axis=-1)
+    current = draft.add("Concat", [first, rest], f"{output}{UNPACKED}", axis=-1)
     return _cut(draft, current, width, 2, f"{output}.cut") if width % 8 else current
 
 

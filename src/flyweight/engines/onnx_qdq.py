@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from flyweight.engines.onnx_integer import Draft, linear_integers
+from flyweight.engines.onnx_names import OUTLIERS
 from flyweight.engines.onnx_rows import put_rows, rows_of, whole
 from flyweight.errors import ExportError
 from flyweight.models.bundle import Codes
@@ -124,7 +125,7 @@ def with_outliers(draft: Draft, x: str, name: str, codes: Codes, product: str, o
         return product
     places = codes.outliers.cpu().numpy()
     key = _key(places)
-    chosen = f"{x}.outliers.{key}"
+    chosen = f"{x}{OUTLIERS}{key}"
     if not draft.has(chosen) and places.tolist() == list(range(len(places))):
         draft.add("Slice", [x, draft.shape(0), draft.shape(len(places)), draft.shape(-1)], chosen)
     elif not draft.has(chosen):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from onnx import AttributeProto, NodeProto, helper, numpy_helper
 
-from flyweight.engines.engine import FLAT
 from flyweight.engines.onnx_integer import Draft, Rows
+from flyweight.engines.onnx_names import FLAT
 
 __all__ = ["put_rows", "reshaped", "rows_of", "sizes", "token_by_token", "whole"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from flyweight.engines.onnx_integer import UPPER
+from flyweight.engines.onnx_names import UPPER
 from flyweight.engines.onnx_nbits import with_level
 
 __all__ = ["write_float_twin"]

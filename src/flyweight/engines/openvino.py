@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flyweight import artifact
-from flyweight.engines.engine import FLAT, Arrays, Predictor
+from flyweight.engines.engine import Arrays, Predictor
+from flyweight.engines.openvino_graph import prepared
 from flyweight.errors import EngineError
 from flyweight.extras import have, need
 
@@ -100,7 +101,7 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
         "PERF_COUNT": profile,
     }
     try:
-        return core.compile_model(_unflattened(core.read_model(str(path))), "CPU", options)
+        return core.compile_model(prepared(core.read_model(str(path))), "CPU", options)
     except Exception as error:  # OpenVINO's errors are RuntimeError and its children
         reason = _reason(error)
         if "only a constant as a B input" in reason:
@@ -110,19 +111,6 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
             f"'{reason}'",
             "use engine onnxruntime, which runs all that Flyweight exports, or torch",
         ) from None
-
-
-def _unflattened(model: Any) -> Any:
-    """The model without our flattening for onnxruntime's integer Gemm, which OpenVINO does not need.
-
-    On matrices it makes smoothing, shift and rounding one operator that takes six times as long as if they were fused with
-    what comes before; onnxruntime instead has no other kernel with a bias.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Reshape" and node.get_friendly_name().endswith(FLAT):
-            node.output(0).replace(node.input_value(0))
-    model.validate_nodes_and_infer_types()
-    return model
 
 
 @functools.cache

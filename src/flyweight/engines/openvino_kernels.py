@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flyweight.engines.engine import Arrays
 from flyweight.engines.kernels import FP32, INT8, Kernel, weights_read
 from flyweight.engines.openvino import compiled
+from flyweight.engines.openvino_graph import PART
 from flyweight.errors import EngineError
 from flyweight.extras import need
 
@@ -74,7 +75,8 @@ def _kernel(node: Any, seconds: dict[str, float], known: dict[str, tuple[str, ..
     parameters: tuple[str, ...] = ()
     if kind in PRODUCTS:
         # Several products of one input may be run as one; of a chain drawn into one the first is the product.
-        merged = [known[part] for part in fact("originalLayersNames").split(",") if known.get(part)]
+        names = [part.removesuffix(PART) for part in fact("originalLayersNames").split(",")]
+        merged = [known[part] for part in names if known.get(part)]
         parameters = tuple(dict.fromkeys(parameter for part in merged for parameter in part))
     return Kernel(
         name, kind, f"{kind} {primitive}", _precision(kind, primitive, fact), parameters, seconds.get(name, 0.0)
