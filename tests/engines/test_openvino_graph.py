@@ -65,11 +65,14 @@ def test_what_is_taken_apart_answers_the_same(tmp_path: Path, monkeypatch: pytes
     assert after["FakeQuantize"] < before["FakeQuantize"]  # those that unpack tables are gone
     assert not any(node.get_friendly_name().endswith(".flat") for node in changed.get_ordered_ops())
 
-    found = openvino.open_file(path)
+    found, other = openvino.open_file(path), onnxruntime.open_file(path)
     monkeypatch.setattr(openvino, "prepared", lambda model: model)
     direct = openvino.open_file(path)
     for batch in arrays:
-        np.testing.assert_allclose(found.run(batch), direct.run(batch), rtol=1e-4, atol=1e-5)
+        wanted = other.run(batch)
+        assert np.linalg.norm(found.run(batch) - wanted) < 0.005 * np.linalg.norm(wanted)
+        # As it is, OpenVINO draws shift and smoothing into the rounding, and some numbers fall on the other side of an edge.
+        assert np.linalg.norm(direct.run(batch) - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
 @needs_openvino

@@ -77,11 +77,19 @@ def _biased(draft: Draft, x: str, name: str, codes: Codes, bias: str, held: Inte
     out, width = codes.info.shape
     rows, result = rows_of(draft, x, width), f"{output}.rows"
     product = result if codes.outliers is None else f"{output}.integers"
-    values = _on_grid(draft, _moved(draft, rows.matrix, codes), scale, zero)
+    values = _on_grid(draft, _moved_rows(draft, x, codes), scale, zero)
     draft.add("Gemm", [values, _weight(draft, name, codes), added], product)
     with_outliers(draft, rows.matrix, name, codes, product, result)
     put_rows(draft, output, result, rows.source, out)
     return output
+
+
+def _moved_rows(draft: Draft, x: str, codes: Codes) -> str:
+    """`_moved` as a matrix, though before that where a Reshape made x: OpenVINO 2026.4 rounds wrongly otherwise."""
+    width = codes.info.shape[1]
+    if any(x in node.output and node.op_type == "Reshape" for node in draft.nodes):
+        return rows_of(draft, _moved(draft, x, codes), width).matrix
+    return _moved(draft, rows_of(draft, x, width).matrix, codes)
 
 
 def _moved(draft: Draft, x: str, codes: Codes) -> str:
