@@ -262,7 +262,9 @@ def test_fallbacks_are_told_layer_by_layer() -> None:
     assert found["x&lt;b&gt;"][1] == "-"
     assert found["encoder.layer.0.output.dense"] == ["3", "2.00 %"]
     assert "1 of 3 layers fell back. Accepted: accuracy 83.4" in page
-    assert "3.988 bits a weight, scales included; 4 were allowed" in page
+    assert "3.988 bits a weight, scales included; 4 were allowed. Each alone" in page
+    over = html(with_notes(gate=GATE, mixed=MIXED | {"over_budget": 12345}))
+    assert "4 were allowed: 12,345 bytes more than the budget, as the acceptance rule came first. Each alone" in over
     assert "at most 812 MB of memory" in page
     text = card(with_notes(gate=GATE))
     assert "Fallen back: encoder.layer.2.output.dense to 8 bits, inputs in float." in text
