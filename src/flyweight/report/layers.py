@@ -60,7 +60,8 @@ def _mix(step: StepRecord) -> Iterator[LayerTable]:
         return
     told = (
         f"The linears of the blocks take {mixed['bits_per_weight']:.3f} bits a weight, scales included; "
-        f"{mixed['budget']:g} were allowed{_over(mixed)}. Each alone, rounded to nearest, moves the output of its block by the share told."
+        f"{mixed['budget']:g} were allowed{_over(mixed)}. "
+        "Each alone, rounded to nearest, moves the output of its block by the share told."
     )
     rows = [(str(row["layer"]), str(row["bits"]), f"{100 * row['error'] ** 0.5:.2f} %") for row in _rows(mixed)]
     yield LayerTable("Bits by layer", told, ("layer", "bits", "moves its block by"), rows)
