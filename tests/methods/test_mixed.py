@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tiny as tiny_models
+from flyweight.calibration import Block
 from flyweight.context import Context, NoProgress
 from flyweight.errors import StepError
 from flyweight.methods.quantize import mixed, quantize, smooth
@@ -32,6 +33,7 @@ from flyweight.methods.quantize.mixed import (
     reserve,
     widths,
 )
+from flyweight.methods.quantize.sensitivity import moved
 from flyweight.methods.quantize.work import Work, stored_bits, targets_of
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
@@ -207,6 +209,33 @@ def test_errors_are_those_of_the_block(tiny: Any, tmp_path: Path, family: str) -
         work.take_back(last)
         assert errors[last.module][bits] == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert errors[last.module][2] > errors[last.module][4] > errors[last.module][8] > 0
+
+
+def test_errors_found_before_a_run_was_killed_are_kept(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = layer_errors(begun(opened(tiny), tmp_path / "whole", activations="none"))
+    tried: list[str] = []
+
+    def killed(work: Work, block: Block, codes: Mapping[str, Any]) -> float:
+        if block.number == 2:
+            raise KeyboardInterrupt
+        tried.extend(codes)
+        return moved(work, block, codes)
+
+    monkeypatch.setattr(mixed, "moved", killed)
+    with pytest.raises(KeyboardInterrupt):
+        layer_errors(begun(opened(tiny), tmp_path / "killed", activations="none"))
+    assert set(tried) == {name for name in whole if ".layer.0." in name or ".layer.1." in name}
+    tried.clear()
+
+    def noted(work: Work, block: Block, codes: Mapping[str, Any]) -> float:
+        tried.extend(codes)
+        return moved(work, block, codes)
+
+    monkeypatch.setattr(mixed, "moved", noted)
+    assert layer_errors(begun(opened(tiny), tmp_path / "killed", activations="none")) == whole
+    assert set(tried) == {name for name in whole if ".layer.2." in name or ".layer.3." in name}
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "gpt2", "t5"])

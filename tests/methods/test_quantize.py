@@ -54,6 +54,19 @@ def outputs(bundle: Bundle) -> torch.Tensor:
     return answer
 
 
+def test_the_record_names_the_weights_that_changed_most(tiny: Tiny, tmp_path: Path) -> None:
+    bundle, about = opened(tiny), context(tmp_path)
+    floats = bundle.copy().model
+    made = quantize(bundle, QuantizeSettings(bits=3, granularity="tensor"), about)
+    changed = {}
+    for name in made.quantized:
+        weight, now = floats.get_parameter(name).detach(), made.model.get_parameter(name).detach()
+        changed[name.removesuffix(".weight")] = float((now - weight).norm() / weight.norm())
+    worst = dict(sorted(changed.items(), key=lambda item: -item[1])[:5])
+    assert about.notes["relative_error"] == pytest.approx(worst, abs=1e-6)
+    assert min(worst.values()) > 0.05
+
+
 @pytest.mark.parametrize("model_type", CLASSIFIERS)
 def test_every_family(tiny: Tiny, model_type: str, tmp_path: Path) -> None:
     bundle = opened(tiny, model_type)

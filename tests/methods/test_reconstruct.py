@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +164,40 @@ def test_a_seed_gives_the_same_codes(tiny: Tiny, tmp_path: Path) -> None:
     settings = settings_for(GRIDS[0], "reconstruct", iterations=5)
     first, second = (stepped(opened(tiny, "bert"), settings, tmp_path)[0] for _ in range(2))
     assert all(torch.equal(first.quantized[name].codes, second.quantized[name].codes) for name in first.quantized)
+
+
+def test_a_killed_run_goes_on_after_the_last_block(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(GRIDS[0], "reconstruct", iterations=5)
+    whole, told = stepped(opened(tiny, "bert"), settings, tmp_path / "whole")
+    module = importlib.import_module(
+        "flyweight.methods.quantize.reconstruct"
+    )  # the package has a function of this name
+    solve, solved = module._solve, []
+
+    def killed(work: Any, block: Block, *rest: Any) -> Any:
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        solved.append(block.name)
+        return solve(work, block, *rest)
+
+    monkeypatch.setattr(module, "_solve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stepped(opened(tiny, "bert"), settings, tmp_path / "killed")
+    again: list[str] = []
+
+    def noted(work: Any, block: Block, *rest: Any) -> Any:
+        again.append(block.name)
+        return solve(work, block, *rest)
+
+    monkeypatch.setattr(module, "_solve", noted)
+    found, notes = stepped(opened(tiny, "bert"), settings, tmp_path / "killed")
+    assert [*solved, *again] == list(told.notes["block_error"])
+    assert notes.notes == told.notes
+    for name, codes in whole.quantized.items():
+        assert torch.equal(found.quantized[name].codes, codes.codes)
+        assert torch.equal(found.quantized[name].scale, codes.scale)
+
+    other = settings.model_copy(update={"iterations": 6})  # nothing of it belongs to these
+    again.clear()
+    stepped(opened(tiny, "bert"), other, tmp_path / "killed")
+    assert len(again) == len(told.notes["block_error"])

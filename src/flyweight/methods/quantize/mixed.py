@@ -23,6 +23,7 @@ from torch import nn
 
 from flyweight.calibration import walk
 from flyweight.errors import StepError
+from flyweight.methods.quantize.kept import Kept
 from flyweight.methods.quantize.sensitivity import TEXTS, chosen, moved
 from flyweight.methods.quantize.solving import texts
 from flyweight.methods.quantize.work import stored_bits, widest
@@ -226,14 +227,26 @@ def reserve(work: Work, target: Target, channels: int | None = None) -> int:
 
 
 def layer_errors(work: Work) -> dict[str, dict[int, float]]:
-    """{layer: {bits: error}} for the linears of the blocks, each rounded alone, see `sensitivity`."""
+    """{layer: {bits: error}} for the linears of the blocks, each rounded alone, see `sensitivity`. Raises StorageError.
+
+    A run that was killed goes on after the last block that was done.
+    """
     found: dict[str, dict[int, float]] = {}
     every = texts(work)
     few = every.take(chosen(len(every), TEXTS, work.context.seed))
     for block in walk(work.bundle, few, work.context.progress, "errors by bits", wanted=True):
-        for target in (target for site in block.sites for target in work.at(site)):
-            found[target.module] = {
-                bits: moved(work, block, {target.module: work.rounded(target, target.grid._replace(bits=bits))})
-                for bits in widths(work.settings)
+        kept = Kept(work, "errors", block)
+        if kept.state is None:
+            here = {
+                target.module: {
+                    bits: moved(work, block, {target.module: work.rounded(target, target.grid._replace(bits=bits))})
+                    for bits in widths(work.settings)
+                }
+                for site in block.sites
+                for target in work.at(site)
             }
+            kept.keep({"errors": here})
+        else:
+            here = kept.state["errors"]
+        found |= here
     return found

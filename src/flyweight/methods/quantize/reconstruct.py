@@ -26,6 +26,7 @@ from torch.func import functional_call
 from flyweight.calibration import walk
 from flyweight.methods.quantize.gptq import factor, solved
 from flyweight.methods.quantize.grid import Grid, codes_at, limits
+from flyweight.methods.quantize.kept import Kept, codes_of, parts_of
 from flyweight.methods.quantize.solving import Moments, texts
 from flyweight.models.codes import expand
 
@@ -45,15 +46,33 @@ SPAN = (0.5, 1.5)
 
 
 def reconstruct(work: Work) -> None:
-    """Put codes for all linears of the blocks. Raises StepError as `gptq` does."""
+    """Put codes for all linears of the blocks. Raises StepError as `gptq` does, StorageError.
+
+    A run that was killed goes on after the last block that was done.
+    """
     generator = torch.Generator().manual_seed(work.context.seed)
     for block in walk(work.bundle, texts(work), work.context.progress, "reconstructing", wanted=True):
         targets = [target for site in block.sites for target in work.at(site)]
-        if targets:
-            _solve(work, block, targets, generator)
+        if not targets:
+            continue
+        kept = Kept(work, "reconstruct", block)
+        if kept.state is None:
+            codes, told = _solve(work, block, targets, generator)
+            parts = {name: parts_of(one) for name, one in codes.items()}
+            kept.keep({"codes": parts, "told": told, "generator": generator.get_state()})
+        else:
+            codes = {name: codes_of(parts, work.bundle.device) for name, parts in kept.state["codes"].items()}
+            told = kept.state["told"]
+            generator.set_state(kept.state["generator"])
+        for target in targets:
+            work.put(target, codes[target.module])
+        work.notes.setdefault("block_error", {})[block.name] = told
 
 
-def _solve(work: Work, block: Block, targets: Sequence[Target], generator: torch.Generator) -> None:
+def _solve(
+    work: Work, block: Block, targets: Sequence[Target], generator: torch.Generator
+) -> tuple[dict[str, Codes], dict[str, Any]]:
+    """(codes by module name, errors of the block's output for the record)"""
     starts = {"nearest": {target.module: Rounding.nearest(work, target) for target in targets}}
     starts["gptq"] = _by_gptq(work, block)
     paths = {target.module: target.parameter.removeprefix(f"{block.name}.") for target in targets}
@@ -63,13 +82,9 @@ def _solve(work: Work, block: Block, targets: Sequence[Target], generator: torch
             errors[name] = float(block_error(block, values_of(roundings, paths)))
     start = min(starts, key=lambda name: errors[name])
     codes, least = descend(block, starts[start], paths, errors[start], work.settings.iterations, generator)
-    for target in targets:
-        work.put(target, codes[target.module])
     whole = sum(float((one**2).sum()) for one in block.wanted) / sum(one.numel() for one in block.wanted)
-    told: dict[str, Any] = {
-        name: round((one / max(whole, 1e-30)) ** 0.5, 6) for name, one in {**errors, "now": least}.items()
-    }
-    work.notes.setdefault("block_error", {})[block.name] = {**told, "start": start}
+    told = {name: round((one / max(whole, 1e-30)) ** 0.5, 6) for name, one in {**errors, "now": least}.items()}
+    return codes, {**told, "start": start}
 
 
 def _by_gptq(work: Work, block: Block) -> dict[str, Rounding]:

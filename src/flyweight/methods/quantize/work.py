@@ -113,13 +113,12 @@ class Work:
     def put(self, target: Target, codes: Codes) -> None:
         """The model's parameter takes the values that `codes` stand for; the float weight is kept until the step is done."""
         codes = described(codes)
-        parameter, weight = target.owner.get_parameter("weight"), self.weight(target)
-        self.floats.setdefault(target.parameter, weight.to("cpu", copy=True))
-        value = parameter_value(codes)
+        if target.parameter not in self.floats:
+            self.floats[target.parameter] = self.weight(target).to("cpu", copy=True)
         with torch.no_grad():
-            parameter.copy_(value)
+            target.owner.get_parameter("weight").copy_(parameter_value(codes))
         self.codes[target.parameter] = codes
-        self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), weight)
+        self.errors[target.module] = relative_error(surgery.weight_2d(target.owner).detach(), self.weight(target))
 
     def lost(self, target: Target, codes: Codes) -> Tensor | None:
         """[out], (W - W') z: with a shift z of the inputs the bias takes it, so that z W^T is exact. None without a shift."""
