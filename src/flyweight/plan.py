@@ -67,7 +67,7 @@ class Speed(NamedTuple):
 
 def make_plan(job: Job) -> Plan:
     """Estimate every step of a prepared job. Takes a few seconds, since it times the model."""
-    speed = timed(job)
+    speed = timed(job, any(trains(step.settings) for step in job.recipe.steps))
     total = sum(p.numel() for p in job.bundle.model.parameters())
     blocks = sum(p.numel() for name, p in job.bundle.model.named_parameters() if "embed" not in name)
     share, done, rows = 1.0, job.done, []
@@ -209,8 +209,13 @@ def mean_length(job: Job) -> float:
     return float(job.recipe.measure.within(job.bundle.encoder.max_length).lengths[-1])
 
 
-def timed(job: Job, batch: int = 16) -> Speed:
-    """Time a forward and a training step on a batch of the data's mean length."""
+def trains(settings: object) -> bool:
+    """Whether the step takes gradients."""
+    return not isinstance(settings, QuantizeSettings) or settings.method == "train"
+
+
+def timed(job: Job, training_too: bool, batch: int = 16) -> Speed:
+    """Time a forward and, where it is wanted, a training step on a batch of the data's mean length."""
     import torch
 
     model = job.bundle.model
@@ -230,7 +235,9 @@ def timed(job: Job, batch: int = 16) -> Speed:
     training = model.training
     model.train(False)
     once(False)
-    turns = [(once(False), once(True)) for _ in range(3)]  # in turn: another process may be busy for a while
+    turns = [
+        (once(False), once(True) if training_too else 0.0) for _ in range(3)
+    ]  # in turn: others may be busy for a while
     forward, full = (min(column) for column in zip(*turns, strict=True))
     model.train(training)
     parameters = sum(p.numel() for p in model.parameters())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from flyweight.methods.quantize.smooth import OUTPUTS, ROWS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,11 +22,14 @@ ELEMENT = 1.5e-8  # seconds a weight to round it and to compare, everything incl
 COLUMN = 2.5e-4  # seconds that GPTQ takes for a column beside its products
 ITERATION = 8e-3  # seconds that a step of reconstruction takes for a linear beside its products
 STREAMS = 2.0  # forward passes that looking at all sites of all blocks takes: each runs its block as far as the site
-WALK = 2.2  # forward passes of a walk itself: the float block, the changed block, the way in
+WALK, WANTED = (
+    1.2,
+    1.0,
+)  # forward passes of a walk itself: the changed block, the way in; the float block, where it is asked for
 POINTS, SHARES = 40, 11  # of AWQ: factors tried for a site, cuts tried for a linear
 ROUNDS = 100  # of HQQ
 TRIED = 45  # of the search for static grids
-ROWS, KEPT = 1024, 8192  # tokens that it looks at, that it keeps
+KEPT = 8192  # tokens that it keeps
 LOOKED_AT = 64  # texts that errors by bits and by site are taken on
 STEP_TEXTS, LOOKS = 16, 10  # of reconstruction
 CANDIDATES, RANKED = 16, 512  # of the gate
@@ -100,6 +105,8 @@ def method_seconds(settings: QuantizeSettings, sizes: Sizes) -> float:
     """Of the linears of the blocks."""
     passes, inside = sizes.texts * sizes.forward, sizes.inside
     looked = (WALK + STREAMS) * passes
+    if settings.activations == "static" and settings.method == "gptq":
+        looked = 0  # on the walk that finds the grids
     tokens = sizes.texts * sizes.length
     sites = {width: 0 for _, width in sizes.linears}
     grams = 2 * tokens * sum(width**2 for width in sites) * sizes.blocks * 1.5 / sizes.speed
@@ -114,7 +121,7 @@ def method_seconds(settings: QuantizeSettings, sizes: Sizes) -> float:
         return ROUNDS * ELEMENT * inside
     if settings.method == "reconstruct":
         step = STEP_TEXTS * 4 * sizes.forward + 3 * ELEMENT * inside + ITERATION * len(sizes.linears)
-        return looked + grams + gptq + LOOKS * passes + settings.iterations * step
+        return looked + grams + gptq + (WANTED + LOOKS) * passes + settings.iterations * step
     if settings.method == "train":
         updates = math.ceil(sizes.train / settings.batch_size) * settings.epochs
         updates = min(updates, settings.max_steps or updates)
@@ -125,9 +132,9 @@ def method_seconds(settings: QuantizeSettings, sizes: Sizes) -> float:
 
 
 def search_seconds(sizes: Sizes) -> float:
-    """Of static grids: every way tried takes the products of ROWS tokens and passes over tokens and weights."""
+    """Of static grids: every way tried takes products of ROWS tokens and OUTPUTS outputs, and passes over tokens and weights."""
     tokens = min(ROWS, sizes.texts * sizes.length)
-    products = 2 * tokens * sizes.inside / sizes.speed
+    products = 2 * tokens * sum(min(rows, OUTPUTS) * width for rows, width in sizes.linears) / sizes.speed
     kept = min(KEPT, sizes.texts * sizes.length) * sum({width for _, width in sizes.linears}) * 1.3 * sizes.blocks
     return TRIED * (products + ELEMENT * (sizes.inside + kept / 4))
 
@@ -135,9 +142,9 @@ def search_seconds(sizes: Sizes) -> float:
 def by_layer(sizes: Sizes, tries: int) -> float:
     """Of the block outputs that `tries` roundings leave, each in one of the blocks."""
     texts = min(LOOKED_AT, sizes.texts or sizes.validation)
-    return texts * sizes.forward * (WALK + tries / max(sizes.blocks, 1)) + 3 * ELEMENT * sizes.inside * tries / max(
-        len(sizes.linears), 1
-    )
+    return texts * sizes.forward * (
+        WALK + WANTED + tries / max(sizes.blocks, 1)
+    ) + 3 * ELEMENT * sizes.inside * tries / max(len(sizes.linears), 1)
 
 
 def gate_seconds(settings: QuantizeSettings, sizes: Sizes) -> float:

@@ -34,7 +34,7 @@ PASS = 60  # a pass over floats takes as long for one number as so many products
 PICK = 16  # channels that one pass over the input picks
 CLOSE = 1.03  # of two ways as good as each other the plainer one is taken
 WORTH = 2.0  # what makes a linear a tenth slower has to take a fifth off its error
-ROWS = 512  # tokens that errors are taken on
+ROWS = 256  # tokens that errors are taken on
 OUTPUTS = 512  # and outputs
 TINY = 1e-5
 
