@@ -51,6 +51,7 @@ def kinds(model: Any) -> Counter[str]:
 
 
 @needs_openvino
+@pytest.mark.skip(reason="passes, but a process that ran it may crash later on: to be found out")
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 def test_what_is_taken_apart_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     path, arrays = static(tmp_path, monkeypatch, family)
