@@ -21,10 +21,8 @@ from benchmarks.runner import Job
 from flyweight.artifact import Measurement, is_artifact, read_manifest
 from flyweight.measure.memory import tree_memory
 
-PERIOD_S, SAMPLED = (
-    0.25,
-    "sampled every 250 ms",
-)  # asking a process of a gigabyte takes 13 ms of its core; at 50 ms that was a quarter of one
+# Asking a process of a gigabyte takes 13 ms of its core: at 50 ms that was a quarter of one.
+PERIOD_S, SAMPLED = 0.25, "sampled every 250 ms"
 QUICK = (
     "--batches",
     "1",

@@ -235,9 +235,8 @@ def timed(job: Job, training_too: bool, batch: int = 16) -> Speed:
     training = model.training
     model.train(False)
     once(False)
-    turns = [
-        (once(False), once(True) if training_too else 0.0) for _ in range(3)
-    ]  # in turn: others may be busy for a while
+    # In turn: another process may be busy for a while.
+    turns = [(once(False), once(True) if training_too else 0.0) for _ in range(3)]
     forward, full = (min(column) for column in zip(*turns, strict=True))
     model.train(training)
     parameters = sum(p.numel() for p in model.parameters())

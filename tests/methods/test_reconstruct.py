@@ -162,16 +162,15 @@ def test_blocks_end_no_worse_than_they_start(tiny: Tiny, tmp_path: Path, family:
 
 def test_a_seed_gives_the_same_codes(tiny: Tiny, tmp_path: Path) -> None:
     settings = settings_for(GRIDS[0], "reconstruct", iterations=5)
-    first, second = (stepped(opened(tiny, "bert"), settings, tmp_path)[0] for _ in range(2))
+    first, second = (stepped(opened(tiny, "bert"), settings, tmp_path / turn)[0] for turn in ("first", "second"))
     assert all(torch.equal(first.quantized[name].codes, second.quantized[name].codes) for name in first.quantized)
 
 
 def test_a_killed_run_goes_on_after_the_last_block(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(GRIDS[0], "reconstruct", iterations=5)
     whole, told = stepped(opened(tiny, "bert"), settings, tmp_path / "whole")
-    module = importlib.import_module(
-        "flyweight.methods.quantize.reconstruct"
-    )  # the package has a function of this name
+    # By its path: the package has a function of this name.
+    module = importlib.import_module("flyweight.methods.quantize.reconstruct")
     solve, solved = module._solve, []
 
     def killed(work: Any, block: Block, *rest: Any) -> Any:
