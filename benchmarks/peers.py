@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flyweight.artifact import Measurement
 from flyweight.data import Examples
 from flyweight.engines.engine import Arrays, Predictor
+from flyweight.engines.openvino import shared_core
 from flyweight.measure.size import TOKENIZER_FILES
 
 CALIBRATION = 300  # NNCF's default
@@ -78,7 +79,7 @@ def nncf_int8(source: Path, target: Path, examples: Examples, pad: int) -> None:
     import nncf
     import openvino
 
-    model = openvino.Core().read_model(str(source))
+    model = shared_core().read_model(str(source))
     names = [name for port in model.inputs for name in port.get_names()]
     batches = [examples.batch([i], pad) for i in range(min(CALIBRATION, len(examples)))]
     dataset = nncf.Dataset([{name: batch[name] for name in names} for batch in batches])
@@ -92,7 +93,7 @@ def openvino_int8_weights(source: Path, target: Path) -> None:
     import nncf
     import openvino
 
-    small = nncf.compress_weights(openvino.Core().read_model(str(source)))
+    small = nncf.compress_weights(shared_core().read_model(str(source)))
     openvino.save_model(small, str(target), compress_to_fp16=False)
 
 
@@ -124,16 +125,13 @@ class Pooled:
 
 def open_openvino(path: Path, threads: int = 1) -> Predictor:
     """An OpenVINO model in fp32 precision: left to itself it computes in bf16 where the CPU can."""
-    silence_openvino()
-    import openvino
-
     hints = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return _OpenVino(openvino.Core().compile_model(str(path), "CPU", hints))
+    return _OpenVino(shared_core().compile_model(str(path), "CPU", hints))
 
 
 class _OpenVino:

@@ -222,6 +222,28 @@ print(openvino.saturates(), *(int(openvino.open_file(Path(f)).run(x).flat[0]) fo
 """
 
 
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from flyweight.engines import openvino
+first, second = (openvino.open_file(Path(sys.argv[1])) for _ in range(2))
+for opened in (first, second):
+    opened.close()
+del first, second, opened
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_two_models_were_closed_is_no_crash(tmp_path: Path) -> None:
+    """Closed in the order of opening: with a Core each, the stack that Python takes signals on would be gone."""
+    static_file(tmp_path / "m.onnx", 1)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(tmp_path / "m.onnx")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x64 has kernels that saturate")
 @pytest.mark.parametrize("saturates", [False, True])
 def test_seven_bits_are_exact_where_eight_saturate(tmp_path: Path, saturates: bool) -> None:

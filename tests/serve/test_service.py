@@ -243,10 +243,10 @@ def test_stop_finishes_what_has_begun(small: Path, number: signal.Signals) -> No
         assert not replies, "the request was to be in progress"
         server.process.send_signal(number)
         long.join(60)
-        assert server.process.wait(30) == 0
-        assert [reply.status_code for reply in replies] == [200]
         assert server.process.stderr is not None
         assert server.process.stderr.read() == ""
+        assert server.process.wait(30) == 0
+        assert [reply.status_code for reply in replies] == [200]
 
 
 def test_taken_port_and_port_zero(server: Server, small: Path) -> None:

@@ -30,7 +30,7 @@ from flyweight.engines.openvino_graph import prepared
 from flyweight.errors import EngineError
 from flyweight.extras import have, need
 
-__all__ = ["LEAST_BITS", "PACKED", "available", "compiled", "load", "open", "open_file", "saturates"]
+__all__ = ["LEAST_BITS", "PACKED", "available", "compiled", "load", "open", "open_file", "saturates", "shared_core"]
 
 NAME, TELEMETRY = "openvino", "openvino_telemetry"
 LEAST_BITS = 3
@@ -82,12 +82,22 @@ def load() -> ModuleType:
             sys.modules[TELEMETRY] = before
 
 
+@functools.cache
+def shared_core() -> Any:
+    """The process's only `openvino.Core`, kept until it ends. Raises MissingExtra.
+
+    Each new one gives its thread another stack for signals and, when freed, the stack it found before: of two, the first one's,
+    which is freed by then. The next signal that Python handles (Ctrl-C) ends the process with SIGSEGV (seen in 2026.4).
+    """
+    return load().Core()
+
+
 def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
     """The model on the CPU: answers of one request at a time, in the precision that the file says.
 
     Nothing is cached on disk. profile: keep the time of every kernel. Raises EngineError, MissingExtra.
     """
-    core = load().Core()
+    openvino, core = load(), shared_core()
     if not Path(path).is_file():
         raise EngineError(f"an ONNX file at {path}", "no such file", "export the model again")
     options = {
@@ -107,7 +117,7 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
         if "only a constant as a B input" in reason:
             raise EngineError(PACKED, "1 or 2", "use engine onnxruntime or torch") from None
         raise EngineError(
-            f"an ONNX file that OpenVINO {load().__version__.partition('-')[0]} runs at {path}",
+            f"an ONNX file that OpenVINO {openvino.__version__.partition('-')[0]} runs at {path}",
             f"'{reason}'",
             "use engine onnxruntime, which runs all that Flyweight exports, or torch",
         ) from None
@@ -128,7 +138,7 @@ def saturates() -> bool:
     weight = op.convert(op.constant(np.full((16, 16), 127, np.int8)), "f32")
     scaled = op.multiply(weight, op.constant(np.ones((1, 16), np.float32)))
     model = openvino.Model([op.matmul(rounded, scaled, False, False)], [x])
-    compiled_probe = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled_probe = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled_probe(np.full((4, 16), 255, np.float32))[0]
     return bool((found != 16 * 255 * 127).any())
 
