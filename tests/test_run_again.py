@@ -98,6 +98,18 @@ def test_steps_that_need_labels_are_refused_before_the_others_run(tiny, train):
             prepare(recipe(tiny("bert"), LEARN, step, train=train))
 
 
+def test_groups_that_do_not_divide_are_refused_before_anything_runs(tiny, train):
+    """Unless heads or neurons go first: what is left of them may fit."""
+    model, grouped = (
+        tiny("bert", labels=("no", "yes")),
+        {"activations": "none", "granularity": "group", "group_size": 24},
+    )
+    with pytest.raises(StepError, match="a group_size that divides the 32 inputs of bert"):
+        prepare(recipe(model, ("finetune", QUICK), ("quantize", grouped), train=train))
+    narrower = ("prune", {"target": "neurons", "amount": 0.25})
+    prepare(recipe(model, narrower, ("quantize", grouped), train=train))
+
+
 def test_packing_twice_is_refused_before_anything_runs():
     twice = [StepSpec(name, STEPS[name].settings()) for name in ("finetune", "quantize", "quantize")]
     with pytest.raises(StepError, match=r"steps\[2\] quantize on float weights, got packed ones"):

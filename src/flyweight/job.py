@@ -17,7 +17,7 @@ from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError, ModelError, SettingsError
 from flyweight.methods.distill.student import kept_layers
-from flyweight.methods.quantize.work import widest
+from flyweight.methods.quantize.work import targets_of, widest
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
@@ -205,12 +205,19 @@ def check_task(recipe: Recipe, task: Task) -> None:
 
 
 def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
-    """Teachers, students and the layers to keep fit, as far as can be told before training. Raises StepError, ModelError."""
+    """Teachers, students, layers to keep and groups of weights fit, as far as can be told before the first step runs.
+
+    Raises StepError, ModelError.
+    """
     depth: int | None = len(next(iter(blocks(bundle.model, bundle.family).values())))
+    shaped: Bundle | None = bundle  # a model with the linears that the step will meet
     for step in recipe.steps:
         settings = step.settings
-        if isinstance(settings, PruneSettings) and settings.target == "layers":
-            depth = None  # how many are left is known only then
+        if isinstance(settings, PruneSettings) and settings.target != "weights":
+            shaped = None  # how many are left is known only then
+            depth = None if settings.target == "layers" else depth
+        if isinstance(settings, QuantizeSettings) and shaped is not None:
+            targets_of(shaped, settings)
         if not (isinstance(settings, TeacherSettings) and settings.taught):
             continue
         teacher = bundle if settings.teacher == "reference" else open_other(recipe, task, bundle, settings.teacher)
@@ -219,6 +226,7 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
             continue
         student = bundle if settings.student is None else open_other(recipe, task, bundle, settings.student)
         check_fit(bundle, student, teacher)
+        shaped = shaped if student is bundle else student
         if student is not bundle:
             depth = len(next(iter(blocks(student.model, student.family).values())))
         if depth is not None:

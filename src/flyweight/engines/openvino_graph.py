@@ -55,7 +55,8 @@ def _split_outliers(model: Any) -> None:
         start, stop = (_constant(node.input_value(place)) for place in (1, 2))
         if start is None or stop is None or start.item() != 0:
             continue
-        part = _Part(source.get_partial_shape()[-1].get_length(), stop.item()).of(source)
+        width = _length(source)
+        part = None if width is None else _Part(width, stop.item()).of(source)
         if part is not None:
             node.output(0).replace(part)
 
@@ -79,7 +80,7 @@ class _Part:
 
         node, shape = value.get_node(), value.get_partial_shape()
         kind = node.get_type_name()
-        if shape.rank.get_length() == 0 or shape[-1] != self.width:
+        if _length(value) != self.width:
             return value if kind == "Constant" or shape.is_static else None
         if kind == "Constant":
             return op.constant(np.ascontiguousarray(node.data[..., : self.count])).output(0)

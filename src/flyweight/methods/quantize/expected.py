@@ -22,10 +22,8 @@ ELEMENT = 1.5e-8  # seconds a weight to round it and to compare, everything incl
 COLUMN = 2.5e-4  # seconds that GPTQ takes for a column beside its products
 ITERATION = 8e-3  # seconds that a step of reconstruction takes for a linear beside its products
 STREAMS = 2.0  # forward passes that looking at all sites of all blocks takes: each runs its block as far as the site
-WALK, WANTED = (
-    1.2,
-    1.0,
-)  # forward passes of a walk itself: the changed block, the way in; the float block, where it is asked for
+WALK = 1.2  # forward passes of a walk itself: the changed block, the way in
+WANTED = 1.0  # forward passes of its float block, where that is asked for
 POINTS, SHARES = 40, 11  # of AWQ: factors tried for a site, cuts tried for a linear
 ROUNDS = 100  # of HQQ
 TRIED = 45  # of the search for static grids
