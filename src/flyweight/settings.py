@@ -166,7 +166,7 @@ class PruneSettings(TeacherSettings):
     rearrange: bool = True
     """`criterion: fisher`: swap units of a block as long as their joint Fisher information falls (Kwon et al. 2022, section 5.2)."""
     restore: Literal["none", "masks", "linear", "block"] = "none"
-    """What makes up for heads and neurons that went, without training: `masks` scales those that stay (Kwon et al. 2022, section
+    """What makes up for heads and neurons that went, without training. `masks` scales those that stay (Kwon et al. 2022, sec.
     5.3); `linear` solves the weights that read them (Park et al. 2024, section 3.3; the default with `speedup`); `block` then
     trains every block by itself to answer as the dense one."""
     scope: Literal["layer", "global"] = "layer"
@@ -224,7 +224,9 @@ class PruneSettings(TeacherSettings):
             if kept >= of:
                 raise ValueError("pattern N:M keeps N of M, fewer than M")
             if self.threshold is not None or self.amount not in (None, 1 - kept / of):
-                raise ValueError(f"pattern {self.pattern} removes exactly {1 - kept / of:g}: leave out amount and threshold")
+                raise ValueError(
+                    f"pattern {self.pattern} removes exactly {1 - kept / of:g}: leave out amount and threshold"
+                )
         elif (self.amount is None) == (self.threshold is None):
             raise ValueError("target weights needs either an amount or a threshold")
         if self.threshold is not None and self.criterion != "magnitude":
@@ -232,7 +234,9 @@ class PruneSettings(TeacherSettings):
 
     def _consistent_parts(self, structured: bool) -> None:
         if self.amount is None and self.speedup is None and self.target != "vocabulary":
-            raise ValueError(f"target {self.target} needs an amount between 0 and 1{' or a speedup' if structured else ''}")
+            raise ValueError(
+                f"target {self.target} needs an amount between 0 and 1{' or a speedup' if structured else ''}"
+            )
         for name in ("threshold", "skip"):
             if getattr(self, name):
                 raise ValueError(f"{name} goes with target weights only")
