@@ -1,0 +1,239 @@
+"""Gates against chance and physical cuts, the budget against brute force, and a training that ends in the shape it was asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flyweight.context import Context
+from flyweight.errors import StepError
+from flyweight.methods.prune import structured
+from flyweight.methods.prune.gates import Gates, gated, likely, open_share, sample
+from flyweight.methods.prune.l0 import SETTLE, Price, learn_shape, matched, settled
+from flyweight.methods.prune.scores import Group, groups
+from flyweight.models.bundle import Bundle
+from flyweight.models.load import load
+from flyweight.settings import PruneSettings
+from flyweight.tasks import task_named
+from flyweight.training import predict
+from training_cases import examples, weights_hash
+
+Tiny = Callable[..., Path]
+SETTINGS = PruneSettings(
+    target="heads+neurons", gradual="l0", speedup=2.0, epochs=6, batch_size=8, learning_rate=1e-3, hidden_weight=1.0
+)
+
+
+def parts_of(bundle: Bundle) -> dict[Group, int]:
+    return {**groups(bundle, "layers"), **groups(bundle, "heads"), **groups(bundle, "neurons")}
+
+
+def price_of(bundle: Bundle, base: float = 5.0) -> Price:
+    """Heads at 3 each, neurons at 1/4, and something for every part that is there at all."""
+    sizes = {**groups(bundle, "heads"), **groups(bundle, "neurons")}
+    each = {group: 0.25 if group.attention is None else 3.0 for group in sizes}
+    return Price(base, {group: 2.0 + each[group] * torch.arange(size + 1.0) for group, size in sizes.items()})
+
+
+def test_a_gate_is_as_often_open_as_it_says() -> None:
+    log_alpha = torch.tensor([-3.0, -0.5, 0.0, 2.0])
+    uniform = torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0))
+    drawn = sample(log_alpha, uniform)
+    torch.testing.assert_close((drawn > 0).float().mean(0), open_share(log_alpha), atol=0.004, rtol=0)
+    assert (drawn == 0).any()
+    assert (drawn == 1).any()
+    # by hand: sigmoid(0 - 2/3 ln(.1 / 1.1)) = sigmoid(1.5986) and 1.2 sigmoid(0) - .1
+    assert float(open_share(torch.zeros(1))) == pytest.approx(0.8318, abs=1e-4)
+    assert float(likely(torch.zeros(1))) == pytest.approx(0.5)
+    assert likely(torch.tensor([-9.0, 9.0])).tolist() == [0.0, 1.0]
+
+
+def test_gates_learn_what_they_should() -> None:
+    """The gradient of the mean gate by differences of the mean itself, on the same draws."""
+    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(1))
+    log_alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    sample(log_alpha, uniform.double()).mean().backward()
+    step = 1e-4
+    with torch.no_grad():
+        up, down = (sample(log_alpha + sign * step, uniform.double()).mean() for sign in (1, -1))
+    assert log_alpha.grad is not None
+    assert float(log_alpha.grad) == pytest.approx(float((up - down) / (2 * step)), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "distilbert", "gpt2", "llama"])
+def test_closed_gates_are_a_physical_cut(tiny: Tiny, family: str) -> None:
+    bundle = load(str(tiny(family)), task_named("embedding"))
+    bundle.model.eval()
+    other = bundle.copy()
+    gates = Gates(parts_of(bundle))
+    chance = torch.Generator().manual_seed(2)
+    values = {group: (torch.rand(size, generator=chance) < 0.5).float() for group, size in parts_of(bundle).items()}
+    for value in values.values():
+        value[-1] = 1.0
+    gates.fix(values)
+    data = examples(12, labels=False)
+    whole = predict(bundle, data)
+    with gated(bundle, gates):
+        found = predict(bundle, data)
+    keep = {group: value.nonzero()[:, 0].tolist() for group, value in values.items()}
+    for target, part in (("heads", 2), ("neurons", 1)):
+        structured.cut(
+            other, target, {group: stay for group, stay in keep.items() if len(group_parts(group)) == part + 1}
+        )
+    structured.cut(other, "layers", {group: stay for group, stay in keep.items() if group.block is None})
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(predict(other, data)), rtol=1e-4, atol=1e-5)
+    assert abs(found - whole).max() > 1e-3, "the gates do nothing"
+    assert (predict(bundle, data) == whole).all(), "gates were left behind"
+
+
+def group_parts(group: Group) -> list[Any]:
+    return [part for part in group if part is not None]
+
+
+def test_open_gates_change_nothing(tiny: Tiny) -> None:
+    bundle = load(str(tiny("bert")), task_named("embedding"))
+    gates, data = Gates(parts_of(bundle)), examples(6, labels=False)
+    gates.fix({group: torch.ones(size) for group, size in parts_of(bundle).items()})
+    bundle.model.eval()
+    whole = predict(bundle, data)
+    with gated(bundle, gates):
+        torch.testing.assert_close(torch.tensor(predict(bundle, data)), torch.tensor(whole), rtol=1e-6, atol=1e-6)
+
+
+def test_expected_cost_at_certain_gates_is_the_cost(tiny: Tiny) -> None:
+    bundle = load(str(tiny("bert")), task_named("embedding"))
+    price, sizes = price_of(bundle), parts_of(bundle)
+    chance = torch.Generator().manual_seed(3)
+    shares = {group: (torch.rand(size, generator=chance) < 0.6).double() for group, size in sizes.items()}
+    keep = {group: share.nonzero()[:, 0].tolist() for group, share in shares.items()}
+    layers = keep[next(group for group in sizes if group.block is None)]
+    by_hand = 5.0 + sum(
+        2 + (0.25 if group.attention is None else 3.0) * len(stay)
+        for group, stay in keep.items()
+        if group.block is not None and group.block in layers
+    )
+    assert price.total(keep) == pytest.approx(by_hand)
+    assert float(price.expected(shares)) == pytest.approx(by_hand)
+    ones = {group: torch.ones(size) for group, size in sizes.items()}
+    assert float(price.expected(ones)) == pytest.approx(price.whole)
+
+
+def test_expected_cost_has_the_gradient_of_its_curves() -> None:
+    group, layers = Group("encoder", 0, 0), Group("encoder")
+    price = Price(1.0, {group: torch.tensor([0.0, 1.0, 5.0, 6.0])})
+    heads = torch.tensor([0.5, 0.7, 0.4], requires_grad=True)  # 1.6 of 3
+    alive = torch.tensor([0.5], requires_grad=True)
+    cost = price.expected({layers: alive, group: heads})
+    cost.backward()
+    assert float(cost.detach()) == pytest.approx(1 + 0.5 * (1 + 0.6 * 4))
+    assert heads.grad is not None
+    assert alive.grad is not None
+    assert heads.grad.tolist() == pytest.approx([2.0] * 3)
+    assert alive.grad.tolist() == pytest.approx([3.4])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layers_are_matched_in_order_at_the_least_sum(seed: int) -> None:
+    errors = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed))
+    best = min(
+        itertools.combinations_with_replacement(range(5), 4),
+        key=lambda chosen: float(sum(errors[t, s] for t, s in enumerate(chosen))),
+    )
+    assert matched(errors) == list(best)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_what_is_settled_is_within_the_budget_and_fills_it(tiny: Tiny, share: float, multiple: int) -> None:
+    bundle = load(str(tiny("bert")), task_named("embedding"))
+    gates, price = Gates(parts_of(bundle)), price_of(bundle)
+    chance = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for value in gates.log_alpha:
+            value.copy_(torch.randn(len(value), generator=chance) * 3)
+    budget = share * price.whole
+    keep = settled(gates, price, budget, multiple)
+    assert price.total(keep) <= budget
+    layers = keep[next(group for group in keep if group.block is None)]
+    for group, stay in keep.items():
+        likelihood = gates.alpha(group).detach()
+        assert stay == sorted(stay)
+        assert min(likelihood[stay]) >= max(
+            [likelihood[n] for n in range(len(likelihood)) if n not in stay], default=-99
+        )
+        if group.block is None:
+            continue
+        assert len(stay) >= 1
+        assert group.attention is not None or len(stay) % multiple == 0
+        more = multiple if group.attention is None else 1
+        if group.block in layers and len(stay) < len(likelihood):
+            curve = price.parts[group]
+            assert price.total(keep) + float(curve[len(stay) + more] - curve[len(stay)]) > budget, "room was left"
+
+
+def context(tmp_path: Path, reference: Bundle) -> Context:
+    return Context(
+        task=task_named("text-classification"), seed=0, work=tmp_path, train=examples(120, 1), validation=examples(60, 2),
+        reference=reference.copy, load=None,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def opened(tiny: Tiny) -> Bundle:
+    return load(str(tiny("bert", labels=("a", "b"))), task_named("text-classification"))
+
+
+def test_training_ends_in_a_shape_within_the_wish(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = opened(tiny)
+    price = price_of(bundle, base=0.0)
+    keep, notes = learn_shape(bundle, SETTINGS, context(tmp_path, bundle), price, 0.5)
+    assert 0.3 * price.whole < price.total(keep) <= 0.5 * price.whole
+    candidates = [entry for entry in notes["history"] if entry["step"] >= SETTLE * notes["steps"]]
+    assert notes["best_step"] >= SETTLE * notes["steps"]
+    assert notes["best_metric"] == max(entry["metric"] for entry in candidates)
+
+
+def test_a_killed_training_goes_on_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:
+    whole, half = opened(tiny), opened(tiny)
+    price = price_of(whole)
+    reference = whole.copy()
+    wanted, _ = learn_shape(whole, SETTINGS, context(tmp_path / "a", reference), price, 0.5)
+    for stop in (20, 70):  # before and after the shape is settled
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("flyweight.methods.prune.l0.L0.after_step", _stopping(stop))
+            learn_shape(half, SETTINGS, context(tmp_path / "b", reference), price, 0.5)
+        half = opened(tiny)
+    steps: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flyweight.methods.prune.l0.L0.after_step", _stopping(0, steps))
+        found, _ = learn_shape(half, SETTINGS, context(tmp_path / "b", reference), price, 0.5)
+    assert 20 < steps[0] <= 70, "it began anew"
+    assert found == wanted
+    assert weights_hash(half.model) == weights_hash(whole.model)
+
+
+def _stopping(stop: int, seen: list[int] | None = None) -> Any:
+    from flyweight.methods.prune.l0 import L0
+
+    original = L0.after_step
+
+    def after_step(self: Any, step: int, total: int) -> None:
+        if seen is not None:
+            seen.append(step)
+        if step == stop:
+            raise KeyboardInterrupt
+        original(self, step, total)
+
+    return after_step
+
+
+def test_a_wish_beyond_the_least_shape_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    bundle = opened(tiny)
+    before = weights_hash(bundle.model)
+    with pytest.raises(StepError, match="a wish that one layer of one head and 1 neurons meets, at most"):
+        learn_shape(bundle, SETTINGS, context(tmp_path, bundle), price_of(bundle, base=1000.0), 0.5)
+    assert weights_hash(bundle.model) == before
