@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the extra `compress`")
 
-from engine_cases import LABELS, bundle_of  # noqa: E402
-from flyweight.artifact import BlockShape  # noqa: E402
-from flyweight.measure.costs import Costs, Kind, byte_costs, flop_costs, kept, most_units  # noqa: E402
-from flyweight.measure.flops import flops  # noqa: E402
-from flyweight.models import surgery  # noqa: E402
-from flyweight.models.bundle import Bundle  # noqa: E402
+from engine_cases import LABELS, bundle_of
+from flyweight.artifact import BlockShape
+from flyweight.measure.costs import Costs, Kind, byte_costs, flop_costs, kept, most_units
+from flyweight.measure.flops import flops
+from flyweight.models import surgery
+from flyweight.models.bundle import Bundle
 
 Tiny = Callable[..., Path]
 CLASSIFIERS = ("bert", "distilbert", "roberta", "electra", "mpnet", "llama", "gpt2", "t5")
