@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +14,21 @@ from flyweight.context import Context
 from flyweight.data import Examples, join
 from flyweight.errors import StepError
 from flyweight.models.bundle import Bundle
-from flyweight.models.surgery import blocks
-from flyweight.settings import TeacherSettings, TrainSettings
-from flyweight.training.device import find_device, placed, seeded
-from flyweight.training.distillation import Imitation
+from flyweight.settings import DistillSettings, TeacherSettings, TrainSettings
+from flyweight.training.augment import Changes
+from flyweight.training.checkpoint import content_hash
+from flyweight.training.device import find_device, placed
+from flyweight.training.distillation import Live, Terms
+from flyweight.training.imitation import imitation
 from flyweight.training.loop import TrainResult, train
-from flyweight.training.losses import projections
 from flyweight.training.objective import Objective, keep_zeros
-from flyweight.training.pair import check_fit, check_length, check_width, layer_map
+from flyweight.training.pair import check_fit, check_length, check_width
 from flyweight.training.predict import validation
-from flyweight.training.teacher import answers, identity
+from flyweight.training.teacher import Top, answers, identity, top_answers
 
-__all__ = ["Lesson", "imitation", "open_teacher", "texts"]
+__all__ = ["Lesson", "imitation", "open_teacher", "open_teachers", "texts"]
+
+Kept = TypeVar("Kept")
 
 
 def open_teacher(settings: TeacherSettings, context: Context) -> Bundle:
@@ -32,6 +37,12 @@ def open_teacher(settings: TeacherSettings, context: Context) -> Bundle:
     if teacher.fresh_head:
         raise StepError(f"a teacher with a head for {context.task.name}", "one without", "fine-tune the teacher first")
     return teacher
+
+
+def open_teachers(settings: DistillSettings, context: Context) -> list[Bundle]:
+    """All teachers, `teacher` first. Raises as `open_teacher` does."""
+    named = (settings.teacher, *settings.more_teachers)
+    return [open_teacher(settings.model_copy(update={"teacher": name}), context) for name in named]
 
 
 def texts(settings: TeacherSettings, context: Context) -> list[Examples]:
@@ -48,53 +59,46 @@ def texts(settings: TeacherSettings, context: Context) -> list[Examples]:
     return parts
 
 
-def imitation(
-    student: Bundle, teacher: Bundle, settings: TeacherSettings, seed: int, given: tuple[int, ...] | None = None
-) -> Imitation | None:
-    """The hidden-state half, by the map `given` (see `layer_map`); None where it has no weight.
-
-    Raises StepError where one of the two has several stacks of blocks.
-    """
-    if settings.hidden_weight == 0:
-        return None
-    depths = []
-    for who in (student, teacher):
-        stacks = blocks(who.model, who.family)
-        if len(stacks) != 1:
-            raise StepError("models with one stack of blocks for hidden_weight", ", ".join(stacks), "leave it out")
-        depths += [len(stack) for stack in stacks.values()]
-    teacher_layers = layer_map(given, *depths)
-    with seeded(seed):
-        widths = student.model.config.hidden_size, teacher.model.config.hidden_size
-        maps = projections(depths[0], *widths)
-    return Imitation(teacher, range(depths[0]), teacher_layers, maps)
-
-
 @dataclass(frozen=True)
 class Lesson:
-    """parts: see `texts`; key: `identity(teacher)`"""
+    """parts: see `texts`; key: `identity(teacher)`; others: further teachers with theirs, whose answers count as well"""
 
     parts: list[Examples]
     teacher: Bundle
     key: str
     settings: TeacherSettings
     context: Context
+    others: tuple[tuple[Bundle, str], ...] = ()
 
     @classmethod
     def of(
-        cls, bundle: Bundle, student: Bundle, teacher: Bundle, settings: TeacherSettings, context: Context
+        cls,
+        bundle: Bundle,
+        student: Bundle,
+        teacher: Bundle,
+        settings: TeacherSettings,
+        context: Context,
+        others: Sequence[Bundle] = (),
     ) -> Lesson:
-        """Raises StepError, before anything runs, where teacher, student, data and settings do not fit.
+        """Raises StepError, before anything runs, where teachers, student, data and settings do not fit.
 
         bundle: the model at hand, whose tokenizer made the examples
         """
         parts = texts(settings, context)
-        check_fit(bundle, student, teacher)
-        for part in parts:
-            check_length(part, student, teacher)
-        if not context.task.labelled:
-            check_width(student.model.config.hidden_size, teacher.model.config.hidden_size)
-        return cls(parts, teacher, identity(teacher), settings, context)
+        for one in (teacher, *others):
+            check_fit(bundle, student, one)
+            for part in parts:
+                check_length(part, student, one)
+            if not context.task.labelled:
+                check_width(student.model.config.hidden_size, one.model.config.hidden_size)
+        if isinstance(settings, DistillSettings):
+            check_top(settings.top_k, teacher)
+        return cls(parts, teacher, identity(teacher), settings, context, tuple((one, identity(one)) for one in others))
+
+    @property
+    def identity(self) -> str:
+        """Of all teachers together."""
+        return content_hash(self.key, [key for _, key in self.others]) if self.others else self.key
 
     @property
     def examples(self) -> Examples:
@@ -111,10 +115,33 @@ class Lesson:
             return None
         return np.concatenate([self.ask(part) for part in self.parts])
 
+    def every_target(self) -> list[NDArray[np.float32] | Top]:
+        """One entry a teacher, as the settings want them kept; empty where answers are not compared."""
+        settings = self.settings
+        if self.context.task.labelled and not (settings.alpha > 0 and Terms.of(settings)):
+            return []
+        k = settings.top_k if isinstance(settings, DistillSettings) else None
+        found: list[NDArray[np.float32] | Top] = []
+        for teacher in ((self.teacher, self.key), *self.others):
+            if k is None:
+                found.append(np.concatenate([self._ask(answers, teacher, part) for part in self.parts]))
+            else:
+                kept = partial(top_answers, k=k, temperature=settings.temperature)
+                found.append(Top.join([self._ask(kept, teacher, part) for part in self.parts]))
+        return found
+
+    def live(self, rate: float) -> Live:
+        """All teachers, to be asked about texts changed at this rate."""
+        changes = Changes.of(rate, self.context.seed, self.examples, self.teacher)
+        return Live([self.teacher, *(one for one, _ in self.others)], changes)
+
     def ask(self, data: Examples) -> NDArray[np.float32]:
+        return self._ask(answers, (self.teacher, self.key), data)
+
+    def _ask(self, how: Callable[..., Kept], teacher: tuple[Bundle, str], data: Examples) -> Kept:
         context = self.context
         cache = context.teacher_cache or context.work / "teacher"
-        return answers(self.teacher, self.key, data, cache, context.progress, context.device)
+        return how(*teacher, data, cache, context.progress, context.device)
 
     def held_back(self) -> Examples | None:
         """Validation examples; where a task has no labels, with the teacher's answers in their place."""
@@ -156,3 +183,15 @@ class Lesson:
                 what=what,
                 key=f"{key}{'' if held is None else held.content_hash()}",
             )
+
+
+def check_top(k: int | None, teacher: Bundle) -> None:
+    """Raises StepError for a top_k that the answers have not so many classes for."""
+    if k is None:
+        return
+    if teacher.labels is None:
+        raise StepError("a task with labels for top_k", f"'{teacher.task}'", "leave out top_k")
+    if k > len(teacher.labels):
+        raise StepError(
+            f"a top_k of at most the teacher's {len(teacher.labels)} classes", f"{k}", "lower it or leave it out"
+        )

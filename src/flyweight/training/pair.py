@@ -13,14 +13,25 @@ from flyweight.models.bundle import Bundle
 __all__ = ["check_fit", "check_length", "check_width", "layer_map"]
 
 
-def layer_map(given: Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
+def layer_map(given: str | Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
     """For each student layer the teacher layer it imitates.
 
-    By default spread evenly, the last on the last: layer m of M on ceil((m + 1) * N / M) - 1 of N (TinyBERT's uniform
-    map where M divides N). Raises StepError for a map of another length or a layer that the teacher has not.
+    None or `uniform`: spread evenly, the last on the last: layer m of M on ceil((m + 1) * N / M) - 1 of N (TinyBERT's
+    uniform map where M divides N). `last`: the last M of N (Sun et al. 2019, section 3). Raises StepError for a map of
+    another length, a layer that the teacher has not, and `last` for a student that is deeper than its teacher.
     """
-    if given is None:
+    if given is None or given == "uniform":
         return [-(-(m + 1) * teacher_depth // student_depth) - 1 for m in range(student_depth)]
+    if given == "last":
+        if student_depth > teacher_depth:
+            raise StepError(
+                f"a student of at most the teacher's {teacher_depth} layers for layer_map last",
+                f"{student_depth}",
+                "set layer_map to uniform",
+            )
+        return list(range(teacher_depth - student_depth, teacher_depth))
+    if isinstance(given, str):
+        raise StepError("layer_map uniform, last or a list of numbers", f"'{given}'")
     if len(given) != student_depth:
         raise StepError(f"{student_depth} numbers in layer_map, one a student layer", f"{len(given)}")
     wrong = [number for number in given if not 0 <= number < teacher_depth]

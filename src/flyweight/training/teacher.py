@@ -1,14 +1,16 @@
-"""What the teacher says: its answers, kept on disk by content, and its hidden states, taken as they pass."""
+"""What the teacher says: its answers, whole or the likeliest of them, kept on disk by content."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,12 +18,50 @@ from flyweight.context import Progress
 from flyweight.data import Examples
 from flyweight.models.activations import simulate
 from flyweight.models.bundle import Bundle
-from flyweight.models.surgery import blocks, hidden_states
 from flyweight.training.checkpoint import content_hash, write_atomically
 from flyweight.training.device import find_device, placed, weights
-from flyweight.training.predict import predict
+from flyweight.training.objective import answer
+from flyweight.training.predict import outputs, predict
+from flyweight.training.watch import tap
 
-__all__ = ["answers", "hidden", "identity", "tap"]
+__all__ = ["Top", "answers", "hidden", "identity", "tap", "top", "top_answers"]
+
+
+@dataclass(frozen=True)
+class Top:
+    """Of softmax(logits / T) the k likeliest classes, and what is left.
+
+    values: [n, k] float32, log-probabilities, falling; indices: [n, k] int32, their classes; rest: [n] float32, log of the mass
+    of all other classes (-inf where there are none)
+    """
+
+    values: NDArray[np.float32]
+    indices: NDArray[np.int32]
+    rest: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        return replace(self, values=self.values[indices], indices=self.indices[indices], rest=self.rest[indices])
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """values, indices (int64), rest."""
+        parts = (self.values, self.indices.astype(np.int64), self.rest)
+        values, indices, rest = (torch.from_numpy(part).to(device) for part in parts)
+        return values, indices, rest
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        return cls(*(np.concatenate([getattr(part, n) for part in parts]) for n in ("values", "indices", "rest")))
+
+
+def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """values [batch, k], indices [batch, k] int64 and rest [batch] of logits [batch, classes], see `Top`."""
+    shares = torch.log_softmax(logits.float() / temperature, -1)
+    values, indices = shares.topk(k, -1)
+    rest = torch.logsumexp(shares.scatter(-1, indices, -torch.inf), -1)
+    return values, indices, rest
 
 
 def identity(teacher: Bundle) -> str:
@@ -50,6 +90,56 @@ def answers(
     return made
 
 
+def top_answers(
+    teacher: Bundle,
+    key: str,
+    data: Examples,
+    cache: Path,
+    progress: Progress,
+    device: str | None,
+    *,
+    k: int,
+    temperature: float,
+) -> Top:
+    """`answers`, of which only the k likeliest classes at this temperature are held, in memory and on disk.
+
+    8 k + 4 bytes an example instead of 4 a class. The file carries checksums: a damaged one is made again.
+    """
+    name = content_hash(key, replace(data, labels=None).content_hash(), "top", k, temperature)[:32]
+    path = cache / f"{name}.npz"
+    found = _read_top(path, (len(data), k), progress)
+    if found is not None:
+        return found
+
+    def packed(batch: dict[str, Tensor]) -> Tensor:
+        values, indices, rest = top(answer(teacher, batch), k, temperature)
+        return torch.cat([values, indices.float(), rest[:, None]], -1)  # float32 has all numbers up to 2^24
+
+    with placed(teacher.model, find_device(device)), simulate(teacher):
+        made = outputs(
+            teacher.model, packed, data, pad=teacher.encoder.pad, progress=progress, what="asking the teacher"
+        )
+    kept = Top(made[:, :k].copy(), made[:, k : 2 * k].astype(np.int32), made[:, 2 * k].copy())
+    parts: dict[str, Any] = {"values": kept.values, "indices": kept.indices, "rest": kept.rest}
+    write_atomically(path, lambda file: np.savez(file, **parts))
+    return kept
+
+
+def _read_top(path: Path, shape: tuple[int, int], progress: Progress) -> Top | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = Top(file["values"], file["indices"], file["rest"])
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        progress.note(f"{path} is damaged ({error}): asking the teacher again")
+        return None
+    if found.values.shape != shape or found.indices.shape != shape or found.rest.shape != shape[:1]:
+        progress.note(f"{path} holds something else: asking the teacher again")
+        return None
+    return found
+
+
 def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | None:
     if not path.exists():
         return None
@@ -62,28 +152,6 @@ def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | N
         progress.note(f"{path} holds something else: asking the teacher again")
         return None
     return found
-
-
-@contextlib.contextmanager
-def tap(bundle: Bundle, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Hidden states after the given blocks of the model's one stack, by number, filled by its next forward pass."""
-    found: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            found[number] = hidden_states(output)
-
-        return hook
-
-    hooks = []
-    if layers:
-        (stack,) = blocks(bundle.model, bundle.family).values()
-        hooks = [stack[number].register_forward_hook(keep(number)) for number in sorted(set(layers))]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def hidden(found: dict[int, Tensor], layers: Sequence[int]) -> list[Tensor]:
