@@ -121,8 +121,9 @@ def best(options: Mapping[G, Options], budget: float, steps: int = STEPS) -> dic
     taken: dict[G, NDArray[np.int64]] = {}
     for group, one in options.items():
         value, taken[group] = _add(value, one.loss, _in_steps(one.cost - least[group], step))
-    found, left = {}, steps
-    for group in reversed(options):
+    found: dict[G, int] = {}
+    left = steps
+    for group in reversed(list(options)):
         one, number = options[group], taken[group][left]
         found[group] = int(one.kept[number])
         left -= int(_in_steps(one.cost[number] - least[group], step))
