@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from flyweight.cli.flags import Fields
-from flyweight.cli.options import Columns, EngineName, Json, Model, Revision, Threads
+from flyweight.cli.options import Columns, EngineName, Json, Model, Revision, Task, Threads
 from flyweight.cli.output import bytes_text, print_json, print_table
 from flyweight.cli.progress import working
+from flyweight.cli.sensitivity import Data, Groups, Page, Samples, Sensitivity, Unlabelled, page_at, show, write_page
 from flyweight.extras import need
 from flyweight.settings import MeasureSettings
 
@@ -21,22 +22,51 @@ Labelled = Annotated[Path, typer.Option(help="Labelled examples.", metavar="FILE
 
 def inspect(
     model: Model,
+    columns: Columns,
     revision: Revision = None,
+    task: Task = None,
     length: Annotated[
         int, typer.Option(help="Input length in tokens that FLOPs are counted at.", min=1, metavar="INT")
     ] = 128,
+    sensitivity: Sensitivity = False,
+    data: Data = None,
+    unlabelled: Unlabelled = False,
+    samples: Samples = 256,
+    groups: Groups = 8,
+    out: Page = None,
     json: Json = False,
 ) -> None:
-    """What a model is made of: parameters, FLOPs and bytes by part, and what can be pruned and quantized."""
+    """What a model is made of, what can be pruned and quantized, and what each part costs to lose on your data."""
     need("torch", "inspect models")
     need("transformers", "inspect models")
     from flyweight.inspection import inspect as look
 
-    with working():
-        found = look(model, revision, length)
+    page = page_at(out, sensitivity)
+    with working() as progress:
+        found = look(
+            model,
+            revision,
+            length,
+            task=task,
+            sensitivity=sensitivity,
+            data=data,
+            settings=columns,
+            unlabelled=unlabelled,
+            samples=samples,
+            groups=groups,
+            progress=progress,
+        )
+    if page is not None:
+        write_page(page, found)
     if json:
         print_json(found)
-        return
+    elif sensitivity:
+        show(found, page)
+    else:
+        print_model(found)
+
+
+def print_model(found: dict[str, Any]) -> None:
     print_table(("model", ""), [(name, plain(found[name])) for name in ("model", "family", "task", "labels")])
     for stack, blocks in found["blocks"].items():
         rows = [(number, plain(block["heads"]), block["neurons"]) for number, block in enumerate(blocks)]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flyweight.measure.quality import RESAMPLES
 
-__all__ = ["Harm", "Kind", "Part", "Span", "spans"]
+__all__ = ["Harm", "Kind", "Part", "Span", "signed", "spans"]
 
 Kind = Literal["head", "neurons", "attention", "feed-forward", "layer"]
 CHUNK = 2**21  # drawn rows at a time: 16 MB of indices
@@ -95,6 +95,20 @@ class Harm(Figures):
     def of(self, kind: Kind, stack: str | None = None) -> list[Part]:
         """In the model's order."""
         return [part for part in self.parts if part.kind == kind and stack in (None, part.stack)]
+
+    def extremes(self, kind: Kind, most: int) -> tuple[list[Part], list[Part]]:
+        """(those that cost most, dearest first; those that cost least, cheapest first), up to `most` each, none in both."""
+        ranked = sorted(self.of(kind), key=lambda part: -part.cost.value)
+        upper = min(most, (len(ranked) + 1) // 2)
+        return ranked[:upper], ranked[upper:][::-1][:most]
+
+    def stacks(self) -> list[str]:
+        return list(dict.fromkeys(part.stack for part in self.parts))
+
+
+def signed(value: float) -> str:
+    """`+0.0123`; what four places cannot show as `+1.2e-05`."""
+    return f"{value:+.1e}" if 0 < abs(value) < 0.00095 else f"{value:+.4f}" if value else "0"
 
 
 def spans(differences: NDArray[Any], seed: int = 0, number: int = RESAMPLES) -> list[Span]:
