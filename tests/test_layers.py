@@ -23,7 +23,7 @@ LAYERS = (
     ("steps",),
     ("methods", "measure", "parity"),
     ("runtime",),
-    ("training", "calibration", "engines"),
+    ("training", "calibration", "hessian", "engines"),
     ("context", "splits"),
     ("tasks", "models"),
     ("tokenization", "artifact", "cache", "golden", "data", "settings", "extras", "errors"),

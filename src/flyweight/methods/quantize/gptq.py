@@ -14,15 +14,15 @@ Alistarh 2023).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flyweight.calibration import Site, calibrate
-from flyweight.errors import StepError
+from flyweight.hessian import Factor, Moments, factor, sweep
 from flyweight.methods.quantize.grid import Grid, codes_at, limits, units
-from flyweight.methods.quantize.solving import Moments, cut_scales, error, note, texts
+from flyweight.methods.quantize.solving import cut_scales, error, note, texts
 from flyweight.models.codes import expand
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ __all__ = ["Factor", "Solver", "corrected", "factor", "gptq", "solved"]
 
 COLUMNS = 32
 """Columns corrected one by one before the rest is corrected at once."""
-TRIES = 4
-"""Times that a damping which is too small is made ten times larger."""
 
 
 def gptq(work: Work) -> None:
@@ -72,38 +70,6 @@ class Solver:
             self.work.put(target, codes)
 
 
-class Factor(NamedTuple):
-    """order: [in], columns by falling H_jj; upper: [in, in], U of the ordered and damped Hessian; damping: the share it took"""
-
-    order: Tensor
-    upper: Tensor
-    damping: float
-
-
-def factor(hessian: Tensor, damping: float, name: str) -> Factor:
-    """U with H^-1 = U^T U of [in, in] float64, damped by a share of its mean diagonal; a scale of H changes nothing but U's.
-
-    Raises StepError naming the layer where H stays indefinite.
-    """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
-    for attempt in range(TRIES):
-        share = damping * 10**attempt
-        damped = hessian + torch.diag(torch.where(dead, mean, mean * share))
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return Factor(order, upper, share)
-    raise StepError(
-        f"a positive definite Hessian of the inputs of {name}",
-        f"none up to damping {damping * 10 ** (TRIES - 1):g}",
-        "give more or other texts, or a larger damping",
-    )
-
-
 def solved(work: Work, target: Target, made: Factor, weight: Tensor | None = None) -> tuple[Codes, Tensor]:
     """(codes of one linear, the corrected weight [out, in] whose rounding they are). weight: in place of its own, [out, in]."""
     weight = work.weight(target) if weight is None else weight
@@ -125,7 +91,6 @@ def corrected(
     """[out, in] float32: every weight as it stood when its turn came, in units of its scale; rounding it gives the code."""
     order, upper = made.order, made.upper
     low, high = limits(grid)
-    width = weight.shape[1]
 
     def lines(part: Tensor, dtype: torch.dtype) -> Tensor:
         """[in, out] in order: a column is then contiguous"""
@@ -135,15 +100,12 @@ def corrected(
     zeros = None if zero_point is None else lines(expand(zero_point, grid), torch.float32)
     kept = None if mask is None else lines(mask, upper.dtype)
     steps = torch.empty_like(left, dtype=torch.float32)
-    shares = upper / upper.diagonal()[:, None]
-    for start in range(0, width, COLUMNS):
-        end = min(start + COLUMNS, width)
-        errors = torch.empty_like(left[start:end])
-        for j in range(start, end):
-            steps[j] = left[j] / scales[j]
-            zero = 0 if zeros is None else zeros[j]
-            points = ((steps[j].round() + zero).clamp(low, high) - zero) * scales[j]
-            errors[j - start] = left[j] - (points if kept is None else points * kept[j])
-            left[j + 1 : end].addr_(shares[j, j + 1 : end], errors[j - start], alpha=-1)
-        left[end:].addmm_(shares[start:end, end:].t(), errors, alpha=-1)
+
+    def settle(j: int) -> Tensor:
+        steps[j] = left[j] / scales[j]
+        zero = 0 if zeros is None else zeros[j]
+        points = ((steps[j].round() + zero).clamp(low, high) - zero) * scales[j]
+        return points if kept is None else points * kept[j]
+
+    sweep(left, upper, settle, COLUMNS)
     return torch.empty_like(steps).index_copy_(0, order, steps).t()

@@ -1,13 +1,8 @@
-"""What the solvers of weights share: moments of a site's inputs, errors of a linear's output, scales that cut off the extremes.
-
-With G = mean of x x^T over all tokens, the mean squared error of a linear's output is tr(D G D^T), D = what the weight lost:
-exact for every candidate without looking at the tokens again, in memory that does not grow with them.
-"""
+"""What the solvers of weights share: errors of a linear's output (see `flyweight.hessian`), scales that cut off the extremes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +10,11 @@ from torch import Tensor
 
 from flyweight.data import Examples
 from flyweight.errors import StepError
+from flyweight.hessian import Moments, lost, relative
 from flyweight.methods.quantize.grid import Grid, codes_at, scales_of
 from flyweight.models.codes import dequantize, expand
 
 if TYPE_CHECKING:
-    from flyweight.calibration import Block, Site
     from flyweight.methods.quantize.work import Target, Work
     from flyweight.models.bundle import Codes
 
@@ -29,47 +24,6 @@ SHARES = tuple(1 - step / 20 for step in range(11))
 """Shares of the range that a grid may cover, 1 to 0.5."""
 
 
-@dataclass
-class Moments:
-    """Of what a site's linears read. total: sum of x x^T [in, in] float64; sizes: sum of |x| [in] float64; tokens: how many"""
-
-    total: Tensor
-    sizes: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, site: Site, device: torch.device) -> Moments:
-        width = site.width
-        return cls(
-            torch.zeros(width, width, dtype=torch.float64, device=device),
-            torch.zeros(width, dtype=torch.float64, device=device),
-        )
-
-    def add(self, inputs: Tensor) -> None:  # [tokens, in]
-        self.total += inputs.t() @ inputs
-        self.sizes += inputs.abs().sum(0)
-        self.tokens += len(inputs)
-
-    @classmethod
-    def seen(cls, block: Block, site: Site, device: torch.device) -> Moments:
-        """Of all texts, by the block as it stands now."""
-        made = cls.of(site, device)
-        for inputs in block.stream(site):
-            made.add(inputs)
-        return made
-
-    @property
-    def mean_size(self) -> Tensor:
-        """Mean of |x|, [in] float32."""
-        return (self.sizes / max(self.tokens, 1)).float()
-
-    def gram(self, name: str) -> Tensor:
-        """Mean of x x^T. Raises StepError, naming the layer, where an input was NaN or inf or too large to be squared."""
-        if not torch.isfinite(self.total).all():
-            raise StepError(f"finite activations into {name}", "NaN or inf", "check the model and the texts")
-        return self.total / max(self.tokens, 1)
-
-
 def texts(work: Work) -> Examples:
     """The calibration texts. Raises StepError for none."""
     if work.context.calibration is None:
@@ -77,15 +31,9 @@ def texts(work: Work) -> Examples:
     return work.context.calibration
 
 
-def lost(difference: Tensor, gram: Tensor) -> float:
-    """Mean over tokens of the squared error of a linear's output: tr(D G D^T); difference: [out, in]."""
-    gram = gram.to(difference.dtype)
-    return float(((difference @ gram) * difference).sum())
-
-
 def error(codes: Codes, weight: Tensor, gram: Tensor) -> float:
     """Relative error of a linear's output: the root of what is lost over what there is."""
-    return float((max(lost(dequantize(codes) - weight, gram), 0) / max(lost(weight, gram), 1e-30)) ** 0.5)
+    return relative(dequantize(codes) - weight, weight, gram)
 
 
 def note(work: Work, target: Target, nearest: float, now: float) -> None:

@@ -1,0 +1,225 @@
+"""What a linear's output loses when its weights change, for every method that rounds or removes weights by it.
+
+With G = mean of x x^T over all tokens, a change D of the weight [out, in] makes a mean squared error of tr(D G D^T) in the
+output, exactly, in memory that does not grow with the tokens. G is the Hessian of that error but for a factor, which no method
+here notices. It is damped by a share of its mean diagonal, or inputs that hardly vary would carry weights of any size; inputs
+that are always zero ("dead") have no say and get the mean diagonal itself.
+
+Two ways of paying for a change at the least cost stand on it (Hassibi and Stork 1993, eq. 5):
+- `factor` and `sweep`: columns one after another, those to come make up (GPTQ, Frantar et al. 2022; SparseGPT, Frantar and
+  Alistarh 2023);
+- `inverse`: any columns, all others make up (structured pruning, Kurtic et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flyweight.errors import StepError
+
+if TYPE_CHECKING:
+    from flyweight.calibration import Block, Site
+
+__all__ = ["Factor", "Inverse", "Moments", "best_of", "damped", "factor", "inverse", "lost", "relative", "sweep"]
+
+TRIES = 4
+"""Times that a damping which is too small is made ten times larger."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Moments:
+    """Of what a site's linears read.
+
+    total: sum of x x^T [in, in] float64; sizes: sum of |x| [in] float64; tokens: how many; sums: sum of x [in] float64
+    """
+
+    total: Tensor
+    sizes: Tensor
+    tokens: int = 0
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros_like(self.sizes)
+
+    @classmethod
+    def of(cls, site: Site, device: torch.device) -> Moments:
+        width = site.width
+        return cls(
+            torch.zeros(width, width, dtype=torch.float64, device=device),
+            torch.zeros(width, dtype=torch.float64, device=device),
+        )
+
+    def add(self, inputs: Tensor) -> None:  # [tokens, in]
+        self.total += inputs.t() @ inputs
+        self.sizes += inputs.abs().sum(0)
+        self.sums += inputs.sum(0)
+        self.tokens += len(inputs)
+
+    @classmethod
+    def seen(cls, block: Block, site: Site, device: torch.device) -> Moments:
+        """Of all texts, by the block as it stands now."""
+        made = cls.of(site, device)
+        for inputs in block.stream(site):
+            made.add(inputs)
+        return made
+
+    @property
+    def mean_size(self) -> Tensor:
+        """Mean of |x|, [in] float32."""
+        return (self.sizes / max(self.tokens, 1)).float()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x, [in] float64."""
+        return self.sums / max(self.tokens, 1)
+
+    def gram(self, name: str) -> Tensor:
+        """Mean of x x^T. Raises StepError, naming the layer, where an input was NaN or inf or too large to be squared."""
+        if not torch.isfinite(self.total).all():
+            raise StepError(f"finite activations into {name}", "NaN or inf", "check the model and the texts")
+        return self.total / max(self.tokens, 1)
+
+    def centred(self, name: str) -> Tensor:
+        """Mean of (x - mean)(x - mean)^T: what counts where a bias takes the mean error. Raises StepError as `gram`.
+
+        An input that never changes is dead in it, whatever is left of its variance by rounding.
+        """
+        gram, mean = self.gram(name), self.mean
+        diagonal = gram.diagonal().clone()
+        gram.addr_(mean, mean, alpha=-1)
+        steady = gram.diagonal() <= 1e-6 * diagonal  # sums are taken in float32
+        gram[steady] = 0
+        gram[:, steady] = 0
+        return gram
+
+
+def lost(difference: Tensor, gram: Tensor) -> float:
+    """Mean over tokens of the squared error of a linear's output: tr(D G D^T); difference: [out, in]."""
+    gram = gram.to(difference.dtype)
+    return float(((difference @ gram) * difference).sum())
+
+
+def relative(difference: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Relative error of a linear's output: the root of what is lost over what there is; both [out, in]."""
+    return float((max(lost(difference, gram), 0) / max(lost(weight, gram), 1e-30)) ** 0.5)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """[in, in] float64: `damping` times the mean diagonal of the live inputs is added to theirs, and the mean to dead ones; tied
+    to no other input, their weights neither move nor make others move."""
+    made = gram.clone()
+    made.diagonal().add_(_ridge(gram, damping))
+    return made
+
+
+def _ridge(gram: Tensor, damping: float) -> Tensor:
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=gram.dtype, device=gram.device)
+    return torch.where(dead, mean, mean * damping)
+
+
+class Factor(NamedTuple):
+    """order: [in], columns in the order in which they are settled; upper: [in, in], U of the ordered and damped Hessian;
+    damping: the share it took"""
+
+    order: Tensor
+    upper: Tensor
+    damping: float
+
+
+def factor(gram: Tensor, damping: float, name: str, sort: bool = True) -> Factor:
+    """U with H^-1 = U^T U of [in, in] float64, damped by a share of its mean diagonal; a scale of H changes nothing but U's.
+
+    sort: columns by falling H_jj; otherwise as they stand. U_jj^2 is then the j-th diagonal of the inverse of what is left of
+    H from column j on. Raises StepError naming the layer where H stays indefinite.
+    """
+    order = torch.arange(len(gram), device=gram.device)
+    if sort:
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+    def upper(hessian: Tensor) -> Tensor | None:
+        lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
+        if failed:
+            return None
+        found, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        return None if failed or not bool(torch.isfinite(found).all()) else found
+
+    return Factor(order, *_tried(gram, damping, name, upper))
+
+
+class Inverse(NamedTuple):
+    """matrix: [in, in], H^-1 of the damped Hessian; ridge: [in], what was added to the diagonal; damping: the share it took"""
+
+    matrix: Tensor
+    ridge: Tensor
+    damping: float
+
+
+def inverse(gram: Tensor, damping: float, name: str) -> Inverse:
+    """Of [in, in] float64, damped by a share of its mean diagonal. Raises StepError naming the layer as `factor`."""
+
+    def whole(hessian: Tensor) -> Tensor | None:
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        found = None if failed else torch.cholesky_inverse(lower)
+        return None if found is None or not bool(torch.isfinite(found).all()) else found
+
+    matrix, share = _tried(gram, damping, name, whole)
+    return Inverse(matrix, _ridge(gram, share), share)
+
+
+def best_of(weight: Tensor, gram: Tensor, columns: Sequence[int], damping: float, name: str) -> Tensor:
+    """[out, kept]: the weights of these columns that answer most like all of them did, W H_:K (H_KK)^-1; of the same type.
+
+    weight: [out, in]; gram: [in, in] float64, damped by a share of its mean diagonal, which draws the weights to those that they
+    were. Raises StepError naming the layer as `factor`.
+    """
+    stay = torch.as_tensor(columns, device=gram.device)
+
+    def solved(whole: Tensor) -> Tensor | None:
+        lower, failed = torch.linalg.cholesky_ex(whole[stay][:, stay])
+        found = None if failed else torch.cholesky_solve(whole[stay] @ weight.t().to(whole.dtype), lower).t()
+        return None if found is None or not bool(torch.isfinite(found).all()) else found
+
+    return _tried(gram, damping, name, solved)[0].to(weight.dtype)
+
+
+def _tried(gram: Tensor, damping: float, name: str, attempt: Callable[[Tensor], T | None]) -> tuple[T, float]:
+    """What the attempt makes of the damped Hessian, at the first share that lets it."""
+    for number in range(TRIES):
+        share = damping * 10**number
+        found = attempt(damped(gram, share))
+        if found is not None:
+            return found, share
+    raise StepError(
+        f"a positive definite Hessian of the inputs of {name}",
+        f"none up to damping {damping * 10 ** (TRIES - 1):g}",
+        "give more or other texts, or a larger damping",
+    )
+
+
+def sweep(left: Tensor, upper: Tensor, settle: Callable[[int], Tensor], columns: int) -> None:
+    """Settle one column of the weight after another; those to come make up for what it lost (Frantar et al. 2022, alg. 1).
+
+        e = (w_j - settled_j) / U_jj          w_k -= e U_jk  for all k > j
+
+    left:    [in, out] in the factor's order, changed in place: row j ends as it stood when its turn came
+    settle:  (j) -> [out], the value that column j takes; called in order, once row j has made up for all before it
+    columns: taken one by one before the rest is corrected at once, which changes nothing but the speed. At the first of them
+             all rows have made up for what came before.
+    """
+    shares = upper / upper.diagonal()[:, None]
+    for start in range(0, len(left), columns):
+        end = min(start + columns, len(left))
+        errors = torch.empty_like(left[start:end])
+        for j in range(start, end):
+            errors[j - start] = left[j] - settle(j)
+            left[j + 1 : end].addr_(shares[j, j + 1 : end], errors[j - start], alpha=-1)
+        left[end:].addmm_(shares[start:end, end:].t(), errors, alpha=-1)
