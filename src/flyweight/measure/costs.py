@@ -147,9 +147,9 @@ def _counted(
         each[Kind(name)] = of_neuron(module, stack)
         further = sum((kept(shapes[name][-1], kind) - 1) * cost for kind, cost in each.items() if kind.stack == name)
         block[name] = of_block(module, stack) - further
-    curves = {}
+    curves: dict[Kind, NDArray[np.float64]] = {}
     for kind, most in most_units(shapes).items():
-        curves[kind] = each[kind] * (np.arange(most + 1) - 1.0)
+        curves[kind] = each[kind] * np.arange(-1, most, dtype=np.float64)
         curves[kind][0] = np.nan
     found = Costs(unit, 0.0, block, curves, about=about)
     return Costs(unit, whole - found.total(shapes), block, curves, about=about)
