@@ -114,7 +114,7 @@ def _wordpiece(model: Content, special: set[str]) -> Pieces:
     always |= {ids[model["unk_token"]]} if model["unk_token"] in ids else set()
 
     def write(new: Mapping[int, int], extra: Mapping[str, int]) -> Content:
-        return {**model, "vocab": _numbered(ids, new) | extra}
+        return {**model, "vocab": {**_numbered(ids, new), **extra}}
 
     return Pieces(ids, always, _missing(ordinary, ids), lambda _: (), write)
 
@@ -149,7 +149,7 @@ def _bpe(model: Content, special: set[str]) -> Pieces:
     def write(new: Mapping[int, int], extra: Mapping[str, int]) -> Content:
         kept = _numbered(ids, new)
         left = [pair for pair in model["merges"] if _parts(pair, len(prefix)) <= kept.keys()]
-        return {**model, "vocab": kept | extra, "merges": left}
+        return {**model, "vocab": {**kept, **extra}, "merges": left}
 
     def _parts(pair: Any, cut: int) -> set[str]:
         one, other = pair.split(" ", 1) if isinstance(pair, str) else pair

@@ -79,11 +79,12 @@ def keep_rows(model: PreTrainedModel, rows: Sequence[int]) -> None:
     Tied tables stay tied; an output layer of its own loses the same rows. Ids that the configs name follow where their row
     stays. rows: [new vocabulary] old ids
     """
-    table = model.get_input_embeddings().weight
+    entered: Any = model.get_input_embeddings()
+    table: Tensor = entered.weight
     count = table.shape[0]
     index = torch.tensor(rows, device=table.device)
     new = {old: number for number, old in reversed(list(enumerate(rows)))}
-    output = model.get_output_embeddings()
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     parts = [table, *((output.weight, output.bias) if output is not None else ())]
     cut: dict[int, nn.Parameter] = {}
     for part in parts:
