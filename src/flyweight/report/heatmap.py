@@ -11,11 +11,11 @@ from markupsafe import Markup
 
 from flyweight.measure.harm import Harm, Kind, Part, Span, signed
 from flyweight.report.figures import number
-from flyweight.report.svg import LETTER, WIDTH, figure, node, text
+from flyweight.report.svg import LETTER, WIDTH, figure, fit, node, text
 
 __all__ = ["Cell", "Map", "heat_page", "heatmap", "maps", "span_text"]
 
-LEFT, TOP, GAP = 30.0, 34.0, 1.5
+LEFT, TOP, GAP = 44.0, 34.0, 1.5
 EXTREMES = 10
 SHADES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the legend, darkest last
 
@@ -130,10 +130,12 @@ def heatmap(one: Map, unit: str) -> Markup:
 
 
 def _labels(one: Map, wide: float, high: float) -> list[Markup]:
-    longest = max((len(name) for name in one.columns), default=1) * LETTER + 6
+    """Of numbers those that have room; names are shortened."""
+    numbered = all(name.isdigit() for name in one.columns)
+    longest = max((len(name) for name in one.columns), default=1) * LETTER + 6 if numbered else 0
     every_column, every_row = max(1, math.ceil(longest / wide)), max(1, math.ceil(13 / high))
     across = [
-        text(LEFT + (i + 0.5) * wide, TOP - 6, name, "middle", "tick")
+        text(LEFT + (i + 0.5) * wide, TOP - 6, fit(name, max(wide, longest)), "middle", "tick")
         for i, name in enumerate(one.columns)
         if i % every_column == 0
     ]
