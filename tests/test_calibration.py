@@ -123,3 +123,19 @@ def test_mode_is_put_back_and_bad_input_is_named(tmp_path):
         bundle.model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(StepError, match=r"encoder\.layer\.1"):
         list(walk(bundle, texts(bundle)))
+
+
+def test_a_visitor_who_knows_the_answers_spares_the_walk_a_pass(tmp_path):
+    bundle = load(str(tiny.write(tmp_path, "mpnet")), task_named("embedding"))
+    examples = texts(bundle)
+    plain = [[one.clone() for one in block.inputs] for block in walk(bundle, examples)]
+    passes, hooks = [], []
+    for i, block in enumerate(walk(bundle, examples)):
+        assert all(torch.equal(a, b) for a, b in zip(block.inputs, plain[i], strict=True))
+        with torch.no_grad():
+            block.outputs = [block.run(batch) for batch in range(len(block.inputs))]
+        hooks.append(block.module.register_forward_hook(lambda *_, name=block.name: passes.append(name)))
+    for hook in hooks:
+        hook.remove()
+    assert len(hooks) == 4
+    assert not passes

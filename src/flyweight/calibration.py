@@ -3,7 +3,7 @@
 Blocks are visited in order of execution. At each stop a method sees one block, what flows into it from the blocks already
 changed and, if it asks, what the float block would have answered; it changes the block's weights as it likes, and the walk
 goes on with the changed ones. Only one block's inputs (and wanted outputs) are held, [texts, tokens, width], plus what the
-method keeps.
+method keeps. Two models of like blocks can be walked side by side, as `zip` does: a cut one beside the one it was cut from.
 
 Texts of equal length share a batch, so that no padding is ever looked at.
 """
@@ -76,6 +76,7 @@ class Block:
     inputs: hidden states [texts, tokens, width] that flow in now, one tensor a batch
     sites:  its linears by what they read, in order of execution
     float_outputs: what the float block answers to float inputs, one tensor a batch; None unless the walk was asked for it
+    outputs: what the block answers as it stands when the visit is over, set by a visitor who knows it and spares a pass
     """
 
     name: str
@@ -86,6 +87,7 @@ class Block:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     sites: tuple[Site, ...] = ()
     float_outputs: list[Tensor] | None = None
+    outputs: list[Tensor] | None = None
 
     @property
     def wanted(self) -> list[Tensor]:
@@ -155,7 +157,7 @@ def walk(
             block.sites = _sites(block, names)
             yield block
             with torch.no_grad():
-                inputs = [block.run(batch) for batch in range(len(inputs))]
+                inputs = block.outputs or [block.run(batch) for batch in range(len(inputs))]
             _finite(block, inputs)
     finally:
         model.train(training)

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flyweight.context import Context
+from flyweight.context import Context, Progress
 from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.settings import PruneSettings
-from flyweight.training import TaskObjective, accumulate
+from flyweight.training import Loss, TaskObjective, accumulate
 
-__all__ = ["Group", "Scores", "groups", "magnitude", "random", "readers", "score", "taylor"]
+__all__ = ["Group", "Scores", "groups", "magnitude", "random", "readers", "sample", "score", "taylor", "visit"]
 
 
 class Group(NamedTuple):
@@ -45,10 +45,10 @@ def groups(bundle: Bundle, target: str) -> dict[Group, int]:
             found[Group(name)] = len(shapes)
             continue
         for number, shape in enumerate(shapes):
-            if target == "neurons":
-                found[Group(name, number)] = shape.neurons
-            for attention, heads in enumerate(shape.heads if target == "heads" else ()):
+            for attention, heads in enumerate(shape.heads if "heads" in target else ()):
                 found[Group(name, number, attention)] = len(heads)
+            if "neurons" in target:
+                found[Group(name, number)] = shape.neurons
     return found
 
 
@@ -64,7 +64,7 @@ def readers(bundle: Bundle, group: Group) -> list[tuple[nn.Module, int]]:
 
 
 def score(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
-    """Scores of every unit of `settings.target` by `settings.criterion`."""
+    """Scores of every unit of `settings.target` by `settings.criterion`: magnitude, random or taylor."""
     if settings.criterion == "magnitude":
         return magnitude(bundle, settings.target)
     if settings.criterion == "random":
@@ -113,47 +113,59 @@ def magnitude(bundle: Bundle, target: str) -> Scores:
 
 
 def taylor(bundle: Bundle, settings: PruneSettings, context: Context) -> Scores:
-    """Sum over examples of |dL/dgate|, where the gate multiplies what the unit gives to the linear that reads it.
+    """Sum over examples of |dL/dgate|: the first-order change of the loss when the unit goes.
 
-    The gate's gradient is the sum of gradient x weight over the unit's columns of that linear: the first-order change
-    of the loss when the unit goes. Heads: Michel et al. 2019, eq. 2; neurons: Molchanov et al. 2017, eq. 8. The gates
-    are per example, so the batches do not mix them. A layer's gate multiplies all that its block adds to the residual
-    stream.
+    Heads: Michel et al. 2019, eq. 2; neurons: Molchanov et al. 2017, eq. 8. See `visit`.
     """
-    data = _sample(context, settings.samples)
-    sizes = groups(bundle, settings.target)
-    total = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
-
-    def each(_: dict[str, Tensor], indices: NDArray[np.int64]) -> None:
-        for group, current in live.items():
-            if current.grad is not None:  # of a mean over the batch
-                total[group] += (current.grad.double() * len(indices)).abs().sum(0).cpu()
-        live.clear()
-
-    live: dict[Group, Tensor] = {}
-    with _gated(bundle, sizes, live):
-        accumulate(
-            bundle.model,
-            TaskObjective(bundle, settings),
-            data,
-            each,
-            pad=bundle.encoder.pad,
-            names=(),
-            progress=context.progress,
-            what="Taylor scores",
-        )
-    return {group: summed.float() for group, summed in total.items()}
-
-
-def _sample(context: Context, samples: int) -> Examples:
-    """At most `samples` training examples, chosen by the seed, of like length side by side."""
     if context.train is None or context.train.labels is None or not context.task.labelled:
         raise StepError(
             "labelled examples for Taylor scores", "none", "give them with --train, or set criterion to magnitude"
         )
-    chance = np.random.default_rng(context.seed)
-    chosen = chance.permutation(len(context.train))[:samples]
-    return context.train.take(chosen[np.argsort(context.train.lengths[chosen], kind="stable")])
+    sizes = groups(bundle, settings.target)
+    total = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
+
+    def each(gradients: dict[Group, Tensor], _: NDArray[np.int64]) -> None:
+        for group, gradient in gradients.items():
+            total[group] += gradient.double().abs().sum(0)
+
+    data = sample(context.train, settings.samples, context.seed)
+    visit(bundle, settings.target, TaskObjective(bundle, settings), data, each, context.progress, "Taylor scores")
+    return {group: summed.float() for group, summed in total.items()}
+
+
+def sample(examples: Examples, samples: int, seed: int) -> Examples:
+    """At most `samples` of the examples, chosen by the seed, of like length side by side."""
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:samples]
+    return examples.take(chosen[np.argsort(examples.lengths[chosen], kind="stable")])
+
+
+def visit(
+    bundle: Bundle,
+    target: str,
+    objective: Loss,
+    data: Examples,
+    each: Callable[[dict[Group, Tensor], NDArray[np.int64]], None],
+    progress: Progress,
+    what: str,
+) -> float:
+    """Hand `each` the gradients of every unit's gate, {group: [examples, units] float32 on the CPU}, batch after batch.
+
+    A gate multiplies what the unit gives to the linear that reads it. Its gradient is the sum of gradient x weight over the
+    unit's columns of that linear. The gates are per example, so that batches do not mix them; each gradient is that of its
+    example's own loss. A layer's gate multiplies all that its block adds to the residual stream. Groups that the loss does
+    not reach are missing. Returns the mean loss.
+    """
+
+    def batch(_: dict[str, Tensor], indices: NDArray[np.int64]) -> None:
+        found = {g: gate.grad.float() for g, gate in live.items() if gate.grad is not None}
+        each({group: (gradient * len(indices)).cpu() for group, gradient in found.items()}, indices)  # of a mean
+        live.clear()
+
+    live: dict[Group, Tensor] = {}
+    with _gated(bundle, groups(bundle, target), live):
+        return accumulate(
+            bundle.model, objective, data, batch, pad=bundle.encoder.pad, names=(), progress=progress, what=what
+        )
 
 
 @contextlib.contextmanager
