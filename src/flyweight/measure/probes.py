@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +98,8 @@ def small_model(bundle: Bundle, probe: Probe, tokens: int) -> Bundle:
         config.max_position_embeddings = min(config.max_position_embeddings, needed)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        model = type(bundle.model)(config).eval()
+        model: Any = type(bundle.model)(config)
+        model.eval()
     for name, modules in surgery.blocks(model, bundle.family).items():
         for kind, units in probe.kept.items():
             if kind.stack != name:
