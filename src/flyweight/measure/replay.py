@@ -73,6 +73,10 @@ class Replay:
         finally:
             self.bundle.model.train(training)
 
+    def warm(self) -> None:
+        """Run the last batch, so that the next pass tells the time of all that follow."""
+        self._run(len(self.batches) - 1, NOTHING)
+
     def answers(self, instead: Mapping[nn.Module, Sequence[Any]] = NOTHING) -> NDArray[np.float32]:
         """The task's answers, [n, ...]; blocks in `instead` answer that. Raises StepError for NaN or infinity."""
         parts = [self._run(number, instead) for number in range(len(self.batches))]
