@@ -1,0 +1,239 @@
+"""How the table of times is taken and kept. The clock is moved by the models: nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra `compress`")
+
+from engine_cases import LABELS, bundle_of
+from flyweight.errors import StepError, StorageError
+from flyweight.measure import blocks as module
+from flyweight.measure.blocks import (
+    bytes_left_out,
+    costs_in,
+    latency_costs,
+    measure_table,
+    passing,
+    round_robin,
+    steady,
+)
+from flyweight.measure.costs import Costs, Kind, flop_costs
+from flyweight.measure.latency import Point, Timing
+from flyweight.measure.race import Terms
+from flyweight.models import surgery
+from flyweight.models.bundle import Bundle
+
+Tiny = Callable[..., Path]
+HEADS, NEURONS = Kind("encoder", 0), Kind("encoder")
+TERMS = Terms(point=Point(1, 12))
+QUICK = Timing(rounds=6, limit_s=1e9)
+
+
+class Clocked:
+    """Takes milliseconds by a formula of its shapes; nothing is really run."""
+
+    def __init__(self, ms: float, name: str, now: list[float], log: list[str]) -> None:
+        self.ms, self.name, self.now, self.log = ms, name, now, log
+
+    def run(self, arrays: Any) -> np.ndarray:
+        self.now[0] += self.ms * self.now[1]
+        self.log.append(self.name)
+        return np.zeros((1, 2), np.float32)
+
+    def close(self) -> None:
+        self.log.append(f"{self.name} closed")
+
+
+class Told:
+    """Keeps what a person would be told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.tracked: list[tuple[str, int | None]] = []
+
+    def track(self, items: Iterable[Any], what: str, total: int | None = None, done: int = 0) -> Iterator[Any]:
+        self.tracked.append((what, total))
+        yield from items
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[milliseconds, how many times slower the machine is]"""
+    clock = [0.0, 1.0]
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: round(clock[0] * 1e6))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0] / 1e3)
+    return clock
+
+
+def of_shapes(bundle: Bundle) -> float:
+    shapes = surgery.shapes(bundle.model, bundle.family)["encoder"]
+    return 3.0 + sum(1.0 + 2.0 * len(shape.heads[0]) + 0.25 * shape.neurons for shape in shapes)
+
+
+@pytest.fixture
+def machine(now: list[float], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Engines are made up: their log."""
+    log: list[str] = []
+    monkeypatch.setattr(
+        module, "ready", lambda bundle, terms, folder: Clocked(of_shapes(bundle), folder.name, now, log)
+    )
+    return log
+
+
+def test_a_round_runs_every_model_once(now: list[float]) -> None:
+    log: list[str] = []
+    predictors = {name: Clocked(ms, name, now, log) for name, ms in (("a", 60.0), ("b", 80.0), ("c", 10.0))}
+    found = round_robin(predictors, {}, Timing(4, 1e9), lambda: log.append("-"))
+    assert found.tolist() == [[60.0] * 4, [80.0] * 4, [10.0] * 4]
+    assert log[:9] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    rounds = "".join(log[9:])
+    # untimed before timed where it is short or nothing is known of it yet; the caches are emptied before every timed call
+    assert rounds == "a-ab-bc-c" + "-bc-c-a" + "c-c-a-b" + "-a-bc-c"
+
+
+def test_it_ends_at_the_limit_but_not_before_enough_rounds(now: list[float]) -> None:
+    def rounds(limit: float) -> int:
+        return round_robin({"a": Clocked(1000.0, "a", now, [])}, {}, Timing(50, limit, least=6), lambda: None).shape[1]
+
+    assert rounds(2.0) == 6
+    assert 6 < rounds(15.0) < 20
+
+
+def test_slow_rounds_do_not_move_the_medians() -> None:
+    chance = np.random.default_rng(0)
+    wanted = np.geomspace(5, 80, 24)
+    rounds = np.exp(chance.normal(0, 0.5, 12))  # a machine that is often half or twice as fast
+    noise = np.exp(chance.normal(0, 0.002, (24, 12)))
+    noise[chance.uniform(size=noise.shape) < 0.05] *= 3  # and is interrupted now and then
+    found = np.median(steady(wanted[:, None] * rounds * noise), axis=1)
+    np.testing.assert_allclose(found / found[0], wanted / wanted[0], rtol=0.006)
+    same = wanted[:, None] * np.ones(12)
+    np.testing.assert_allclose(steady(same), same)
+    slow = steady(wanted[:, None] * np.array([1, 1, 1, 1, 1, 9.0]))
+    np.testing.assert_allclose(slow, same[:, :6])
+
+
+def check(costs: Costs) -> None:
+    assert costs.base == pytest.approx(3.0)
+    np.testing.assert_allclose(costs.curves[HEADS][1:], 2.0 * np.arange(4), atol=1e-6)
+    np.testing.assert_allclose(np.diff(costs.curves[NEURONS][16:]), 0.25, atol=1e-6)
+    assert costs.block["encoder"] == pytest.approx(1.0 + 2.0 + 0.25 * 16)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_costs_of_a_made_up_machine_are_found(tiny: Tiny, tmp_path: Path, machine: list[str], blocks: int) -> None:
+    bundle, told = bundle_of(tiny("mpnet", LABELS)), Told()
+    costs = latency_costs(bundle, TERMS, tmp_path, told, blocks, QUICK)
+    check(costs)
+    shapes = surgery.shapes(bundle.model, bundle.family)
+    assert costs.total(shapes) == pytest.approx(of_shapes(bundle))
+    number = 4 + 4 - 1 + 1 + 3  # heads, sizes of neurons (16, 32, 48, 64) without the anchor's, deeper, several
+    assert told.tracked == [(f"small models for {TERMS}", number), ("times of blocks", 6)]
+    assert sorted(machine[-number:]) == sorted(f"{i} closed" for i in range(number))
+    assert costs.about["rounds"] == 6
+    assert costs.about["additive"] == pytest.approx([0.0] * 2, abs=1e-6)  # of so few heads a quarter is one
+
+
+def test_a_table_is_measured_once(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:
+    bundle, told = bundle_of(tiny("bert", LABELS)), Told()
+    latency_costs(bundle, TERMS, tmp_path, told, timing=QUICK)
+    assert len(list(tmp_path.iterdir())) == 1
+    machine.clear()
+    again = latency_costs(bundle_of(tiny("bert", LABELS, seed=3)), TERMS, tmp_path, told, timing=QUICK)  # other weights
+    check(again)
+    assert machine == []
+    assert told.notes == [f"costs of blocks ({TERMS}) taken from the cache"]
+    latency_costs(bundle, TERMS._replace(precision="int8"), tmp_path, told, timing=QUICK)
+    assert machine
+    machine.clear()
+    latency_costs(bundle, TERMS, tmp_path, told, blocks=1, timing=QUICK)
+    assert machine
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("harm", ["cut", "edited"])
+def test_a_damaged_table_is_measured_again(tiny: Tiny, tmp_path: Path, machine: list[str], harm: str) -> None:
+    bundle, told = bundle_of(tiny("bert", LABELS)), Told()
+    latency_costs(bundle, TERMS, tmp_path, timing=QUICK)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_text()
+    path.write_text(whole[:-100] if harm == "cut" else whole.replace("1x12", "1x13"))
+    machine.clear()
+    check(latency_costs(bundle, TERMS, tmp_path, told, timing=QUICK))
+    assert machine
+    assert len(told.notes) == 1
+    assert f"the table of costs in {path} is damaged" in told.notes[0]
+    check(costs_in(path, bundle, TERMS))
+
+
+def test_a_folder_that_takes_nothing_costs_no_more_than_the_cache(
+    tiny: Tiny, tmp_path: Path, machine: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, write: object) -> None:
+        raise StorageError(f"room to write {path}", "none")
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    told = Told()
+    check(latency_costs(bundle_of(tiny("bert", LABELS)), TERMS, tmp_path, told, timing=QUICK))
+    assert "the table of costs is not kept: expected room" in told.notes[-1]
+
+
+def test_a_table_that_somebody_gives(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:
+    bundle, path = bundle_of(tiny("bert", LABELS)), tmp_path / "mine.json"
+    path.write_text(measure_table(bundle, TERMS, timing=QUICK).model_dump_json())
+    check(costs_in(path, bundle, TERMS))
+    with pytest.raises(StepError, match=r"for threads '2', got one for '1' in .*mine\.json; leave the table out"):
+        costs_in(path, bundle, TERMS._replace(threads=2))
+    with pytest.raises(StepError, match=r"for encoder block 'width 32, .*, got one for 'width 32, 4 heads of 8, 64"):
+        costs_in(path, bundle_of(tiny("bert", LABELS, intermediate_size=48)), TERMS)
+    with pytest.raises(StepError, match=r"a table of costs at .*none\.json, got no such file"):
+        costs_in(tmp_path / "none.json", bundle, TERMS)
+    path.write_text("{")
+    with pytest.raises(StepError, match=r"a whole table of costs at .*mine\.json"):
+        costs_in(path, bundle, TERMS)
+    assert path.read_text() == "{"  # it is not ours to write
+
+
+def test_texts_longer_than_the_model_takes_are_refused_first(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:
+    with pytest.raises(StepError, match="a shape of at most 64 tokens, got 1x65"):
+        latency_costs(bundle_of(tiny("bert", LABELS)), Terms(point=Point(1, 65)), tmp_path)
+    assert machine == []
+
+
+def test_as_many_bytes_pass_as_blocks_are_left_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_of(tiny("bert", LABELS))
+    each = sum(p.numel() for p in surgery.blocks(bundle.model, bundle.family)["encoder"][0].parameters())
+    assert bytes_left_out(bundle, Terms(), 2) == 2 * 4 * each
+    assert bytes_left_out(bundle, Terms(precision="int8"), 1) == 3 * each
+    assert bytes_left_out(bundle, Terms(), 5) == 0
+    monkeypatch.setattr(module, "MOST_BYTES", 4096)
+    read = passing(10**12)  # held at the limit, or there would be no room
+    memory = next(cell.cell_contents for cell in read.__closure__ or () if isinstance(cell.cell_contents, np.ndarray))
+    assert memory.nbytes == 4096
+    passing(0)()
+    read()
+
+
+@pytest.mark.parametrize(("family", "precision"), [("bert", "fp32"), ("mpnet", "int8")])
+def test_the_real_engine_gives_a_whole_table(tiny: Tiny, tmp_path: Path, family: str, precision: Any) -> None:
+    bundle = bundle_of(tiny(family, LABELS))
+    terms = TERMS._replace(precision=precision)
+    costs = latency_costs(bundle, terms, tmp_path, blocks=1, timing=Timing(rounds=6, limit_s=5.0))
+    counted = flop_costs(bundle)
+    assert {kind: len(curve) for kind, curve in costs.curves.items()} == {
+        kind: len(curve) for kind, curve in counted.curves.items()
+    }
+    assert all(np.isfinite(curve[1:]).all() for curve in costs.curves.values())
+    assert costs.total(surgery.shapes(bundle.model, bundle.family)) > 0
+    assert costs.about["precision"] == precision
+    assert len(costs.about["additive"]) == 2
+    assert costs_in(next(tmp_path.iterdir()), bundle, terms).base == costs.base
