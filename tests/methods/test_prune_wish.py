@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +192,72 @@ def test_counted_costs_are_not_measured() -> None:
     assert met.notes["speedup"] == met.notes["predicted"] == pytest.approx(1 / 0.43, rel=1e-3)
     with pytest.raises(StepError, match="2x as fast"):
         meet(2.0, lambda factor: 0.6, lambda share: 1 / share)
+
+
+def test_table_choice_race_and_loop_together(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which a model takes what its blocks take, and a fifth of the reference's time that no table of blocks sees."""
+    pytest.importorskip("torch", reason="needs the extra `compress`")
+    from engine_cases import LABELS, bundle_of
+    from flyweight.measure import blocks, latency, race
+    from flyweight.measure.latency import Point, Timing
+    from flyweight.measure.race import Race, Terms
+    from flyweight.methods.prune.scores import Group
+    from flyweight.methods.prune.shapes import choose
+    from flyweight.models import surgery
+    from flyweight.models.bundle import Bundle
+
+    now = [0.0]
+
+    class Clocked:
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def run(self, arrays: object) -> None:
+            now[0] += self.ms
+
+        def close(self) -> None: ...
+
+    def ready(bundle: Bundle, terms: Terms, folder: Path) -> Clocked:
+        shapes = surgery.shapes(bundle.model, bundle.family)["encoder"]
+        inside = sum(2.0 + 3.0 * len(shape.heads[0]) + 0.2 * shape.neurons for shape in shapes)
+        return Clocked(inside + (25.0 if bundle.model.config.vocab_size > 64 else 0.0))
+
+    for module in (blocks, latency):
+        monkeypatch.setattr(module.time, "perf_counter_ns", lambda: round(now[0] * 1e6))
+        monkeypatch.setattr(module.time, "perf_counter", lambda: now[0] / 1e3)
+    monkeypatch.setattr(blocks, "ready", ready)
+    monkeypatch.setattr(race, "ready", ready)
+    reference = bundle_of(tiny("bert", LABELS))
+    assert reference.model.config.vocab_size > 64
+    terms = Terms(point=Point(1, 12))
+    costs = blocks.latency_costs(reference, terms, tmp_path, timing=Timing(rounds=6))
+    shapes = surgery.shapes(reference.model, reference.family)
+    losses = {}
+    for block in range(4):
+        losses[Group("encoder", block, 0)] = [0, *(block + 1.0 - k / 4 for k in range(4))]
+        losses[Group("encoder", block)] = [0, *(1 - k / 64 for k in range(64))]
+
+    def make(factor: float) -> Bundle:
+        result = reference.copy()
+        for group, units in choose(losses, costs, shapes, factor).kept.items():
+            if group.attention is None:
+                surgery.keep_neurons(result.model, result.family, group.stack, group.block, range(units))
+            else:
+                surgery.keep_heads(result.model, result.family, group.stack, group.block, group.attention, range(units))
+        return result
+
+    def predict(result: Bundle) -> float:
+        return costs.total(shapes) / costs.total(surgery.shapes(result.model, result.family))
+
+    with Race(reference, terms) as held:
+        met = meet(1.5, make, predict, held.against)
+    assert 1.5 <= met.notes["speedup"] <= 1.5 * 1.05
+    assert met.notes["speedup"] == pytest.approx(
+        ready(reference, terms, tmp_path).ms / ready(met.model, terms, tmp_path).ms, abs=1e-4
+    )
+    assert len(met.notes["tries"]) in (2, 3)
+    assert met.factor > 1.6
+    with Race(reference, terms) as held, pytest.raises(StepError, match="a speedup of at most"):
+        meet(9.0, make, predict, held.against)
