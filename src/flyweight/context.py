@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from flyweight.data import Examples
+from flyweight.data import Columns, Examples
 from flyweight.settings import Accept
 from flyweight.tasks.task import Task
 
@@ -69,3 +70,15 @@ class Context:
     device: str | None = None
     teacher_cache: Path | None = None
     """Folder of cached teacher outputs, named by content hash."""
+    columns: Columns = field(default_factory=partial(Columns, label=None))
+    """Where further files that a step names have their texts."""
+    reread: Callable[[Bundle], dict[str, Any]] | None = None
+    """Gives train, validation, unlabelled and calibration in the tokens of another model; None: all have one vocabulary."""
+
+    def seen_by(self, bundle: Bundle) -> Self:
+        """The same with all examples, in their order, in the tokens of `bundle`.
+
+        The examples of a step are in those of the model that it is given. Where a vocabulary was pruned, the reference and
+        other teachers have another one. Raises DataError for a text that has become too long.
+        """
+        return self if self.reread is None else replace(self, **self.reread(bundle))

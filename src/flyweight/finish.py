@@ -72,9 +72,7 @@ def kernels_that_ran(job: Job, bundle: Bundle, folder: Path, manifest: Manifest)
 def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str, Figures]:
     """{"reference_torch" | "reference_onnxruntime" | "result": figures}, all in one run; and the same two in further engines."""
     reference = reopen(job, job.leading)
-    labelled = None
-    if (held_out := held_out_examples(job, reference)) is not None:
-        labelled = Labelled(job.task, held_out, job.bundle.encoder.pad)
+    answers = held_out_examples(job, reference)
     settings = job.recipe.measure.within(job.bundle.encoder.max_length)
     threads, length = settings.threads, max(settings.lengths)
 
@@ -82,6 +80,9 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
         known = static_figures(of, length)
         opened: Callable[[], Predictor] = partial(engine_named(engine).open, where, threads=threads)
         size, batch = of.encoder.tokenizer.get_vocab_size(), neutral_batch(of.activations)
+        labelled, own = None, job.read_by(of)[0].eval
+        if answers is not None and own is not None:
+            labelled = Labelled(job.task, replace(own, labels=answers.labels), of.encoder.pad)
         return Candidate(opened, where, engine, size, labelled, batch, known)
 
     candidates = {
@@ -104,7 +105,7 @@ def measure_beside_reference(job: Job, bundle: Bundle, folder: Path) -> dict[str
 
 def held_out_examples(job: Job, reference: Bundle) -> Examples | None:
     """The evaluation examples; where the task has no labels the reference's own answers stand in for them."""
-    held_out = job.splits.eval
+    held_out = job.read_by(reference)[0].eval
     if held_out is None or job.task.labelled:
         return held_out
     return replace(held_out, labels=predict(reference, held_out))

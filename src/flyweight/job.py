@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from flyweight.context import NoProgress, Progress
 from flyweight.data import Examples
 from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
-from flyweight.errors import EngineError, ModelError, SettingsError
+from flyweight.errors import DataError, EngineError, ModelError, SettingsError, StepError
 from flyweight.methods.distill.student import kept_layers
 from flyweight.methods.quantize.work import targets_of, widest
 from flyweight.models.bundle import Bundle
@@ -53,8 +53,10 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
 class Job:
     """A recipe whose model and data have been read and found fit.
 
+    splits:     the examples in the tokens of `bundle`, the model that everything begins with
     keys:       content hash of every prefix; keys[i] names the model after i steps
     unlabelled: the further texts of every file that a step names
+    reread:     splits and further texts in the tokens of other models, by their tokenizer's content
     """
 
     recipe: Recipe
@@ -65,6 +67,25 @@ class Job:
     cache: Cache
     progress: Progress
     unlabelled: dict[Path, Examples]
+    reread: dict[str, tuple[Splits, dict[Path, Examples]]] = field(default_factory=dict)
+
+    def read_by(self, bundle: Bundle) -> tuple[Splits, dict[Path, Examples]]:
+        """(splits, further texts) in the tokens of `bundle`, in the same order.
+
+        Where its vocabulary is another one than that of the model at the beginning, the files are read once more. Raises
+        DataError for a text that has become too long.
+        """
+        encoder, first = bundle.encoder, self.bundle.encoder
+        if encoder.tokenizer.get_vocab(with_added_tokens=True) == first.tokenizer.get_vocab(with_added_tokens=True):
+            return self.splits, self.unlabelled
+        key = content_key(encoder.tokenizer.to_str())
+        if key not in self.reread:
+            self.progress.note("reading the data in the new vocabulary")
+            data = self.recipe.data
+            splits = read_splits(data, self.task, encoder, bundle.labels, samples(self.recipe))
+            texts = {path: read_unlabelled(path, data, self.task, encoder) for path in self.unlabelled}
+            self.reread[key] = splits, texts
+        return self.reread[key]
 
     @property
     def leading(self) -> int:
@@ -108,6 +129,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None, cache: Cache | Non
     check_family(bundle)
     if bundle.quantized:  # its own figures would stand as those of a reference in fp32
         raise ModelError(f"float weights in {recipe.model}", "packed ones", "measure it by `flyweight compare`")
+    check_vocabulary(recipe)
     check_others(recipe, task, bundle)
     progress.note("reading the data")
     splits = read_splits(data, task, bundle.encoder, bundle.labels, samples(recipe))
@@ -170,6 +192,9 @@ def check_data(recipe: Recipe, task: Task) -> None:
             raise SettingsError(
                 f"texts to calibrate {place} on", "none", "give --calibrate F, or data.calibrate in the recipe"
             )
+        tokens = isinstance(settings, PruneSettings) and settings.target == "vocabulary" and settings.corpus is None
+        if tokens and recipe.data.train is None:
+            raise SettingsError(f"texts whose tokens stay for {place}", "none", "give --corpus F or --train F")
         taught = isinstance(settings, TeacherSettings) and settings.taught
         if not (taught or needs_labels(step)) or recipe.data.train is not None:
             continue
@@ -233,6 +258,21 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
             depth = len(kept_layers(settings.layers, depth))
 
 
+def check_vocabulary(recipe: Recipe) -> None:
+    """The reference reads the tokens of the model at the beginning. Raises StepError for a step that it cannot teach."""
+    pruned = False
+    for number, step in enumerate(recipe.steps):
+        settings = step.settings
+        taught = isinstance(settings, TeacherSettings) and settings.taught and settings.teacher == "reference"
+        if pruned and taught:
+            raise StepError(
+                f"steps[{number}] {step.name} before the vocabulary is pruned",
+                "it afterwards, when the reference reads other tokens",
+                "swap the two, or name a teacher that has the pruned vocabulary",
+            )
+        pruned |= isinstance(settings, PruneSettings) and settings.target == "vocabulary"
+
+
 def open_other(recipe: Recipe, task: Task, bundle: Bundle, name: str) -> Bundle:
     """A teacher or student by path or hub id, for the labels of the model at hand."""
     data = recipe.data
@@ -280,6 +320,8 @@ def prefix_keys(
     keys = [content_key(*first)]
     for step in recipe.steps:
         outside = outside_hashes(step, texts)
+        if isinstance(step.settings, PruneSettings) and step.settings.target == "vocabulary":
+            outside += vocabulary_inputs(step.settings, splits)
         if isinstance(step.settings, QuantizeSettings):
             outside += quantize_inputs(recipe, step.settings, splits)
         keys.append(content_key(keys[-1], step.as_data(), outside))
@@ -300,6 +342,21 @@ def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) 
     if splits.calibration is None or not (settings.calibrated or rule):
         return rule
     return [*rule, splits.calibration.content_hash()]
+
+
+def vocabulary_inputs(settings: PruneSettings, splits: Splits) -> list[str]:
+    """What decides which tokens stay, beside model and training data."""
+    if settings.corpus is not None:
+        return [path_hash(settings.corpus)]
+    return [] if splits.calibration is None else [splits.calibration.content_hash()]
+
+
+def path_hash(path: Path) -> str:
+    """Of a file, or of all files of a folder. Raises DataError for none."""
+    if not path.exists():
+        raise DataError("a file of texts", f"no such file: {path}", "check the path")
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    return content_key([artifact.known_hash(one) for one in files])
 
 
 def outside_hashes(step: StepSpec, texts: Mapping[Path, Examples]) -> list[str]:

@@ -25,6 +25,7 @@ KEPT = {
     "heads": 1 / 3,
     "neurons": 2 / 3,
     "layers": 1.0,
+    "vocabulary": 0.0,
 }  # share of a block's work that a target touches
 
 

@@ -142,7 +142,7 @@ def _with_paths(step: StepSpec, change: Callable[[Any], Any]) -> StepSpec:
     """The step with `change` made to every path that it names; the teacher `reference` is none."""
     if not isinstance(step.settings, TeacherSettings):
         return step
-    named = {name: getattr(step.settings, name, None) for name in ("teacher", "student", "unlabelled")}
+    named = {name: getattr(step.settings, name, None) for name in ("teacher", "student", "unlabelled", "corpus")}
     paths = {k: v for k, v in named.items() if v is not None and (k, v) != ("teacher", "reference")}
     return StepSpec(step.name, step.settings.model_copy(update={k: change(v) for k, v in paths.items()}))
 
@@ -214,14 +214,14 @@ def check_order(steps: Sequence[StepSpec], packed: bool = False, sparse: str | N
                 "packed weights can be neither trained nor cut: make quantize the last step",
             )
         if isinstance(step.settings, PruneSettings):
-            structured = step.settings.target != "weights"
-            if structured and sparse == "2:4":
+            cuts_columns = step.settings.target not in ("weights", "vocabulary")
+            if cuts_columns and sparse == "2:4":
                 raise StepError(
                     f"{place} ({step.settings.target}) before pruning weights 2:4",
                     "it afterwards",
                     "cutting columns would break the groups of four: swap the two",
                 )
-            if not structured:
+            if step.settings.target == "weights":
                 sparse = step.settings.pattern
         packed = packed or step.name == "quantize"
 

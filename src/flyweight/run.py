@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from flyweight import artifact
 from flyweight.artifact import Manifest, StepRecord
 from flyweight.context import Context
+from flyweight.data import Columns
 from flyweight.engines import onnxruntime
 from flyweight.errors import StepError
 from flyweight.golden import TEXTS
@@ -89,11 +91,6 @@ def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
 
 
 def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
-    settings = job.recipe.steps[number].settings
-    unlabelled = None
-    if isinstance(settings, TeacherSettings) and settings.unlabelled is not None:
-        unlabelled = job.unlabelled[settings.unlabelled]
-
     def reference() -> Bundle:
         if number < job.leading:
             raise StepError("a step after the reference is made", "one before", "put finetune first")
@@ -105,20 +102,33 @@ def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
         work=work,
         reference=reference,
         load=partial(open_other, job.recipe, job.task, bundle),
-        train=job.splits.train,
-        validation=job.splits.validation,
-        unlabelled=unlabelled,
-        calibration=job.splits.calibration,
         accept=job.recipe.accept,
         progress=job.progress,
         teacher_cache=job.cache.teachers,
+        columns=Columns(job.recipe.data.text, job.recipe.data.text_pair, None),
+        reread=partial(examples, job, number),
+        **examples(job, number, bundle),
     )
+
+
+def examples(job: Job, number: int, bundle: Bundle) -> dict[str, Any]:
+    """What step `number` may look at, in the tokens of `bundle`."""
+    splits, texts = job.read_by(bundle)
+    settings = job.recipe.steps[number].settings
+    path = settings.unlabelled if isinstance(settings, TeacherSettings) else None
+    return {
+        "train": splits.train,
+        "validation": splits.validation,
+        "calibration": splits.calibration,
+        "unlabelled": None if path is None else texts[path],
+    }
 
 
 def reopen(job: Job, number: int) -> Bundle:
     """The model after `number` steps, from the cache, with this run's tokenization limits."""
     bundle = restore(job.cache.prefix(job.keys[number]))
-    return replace(bundle, encoder=job.bundle.encoder)
+    limits = job.bundle.encoder
+    return replace(bundle, encoder=bundle.encoder._replace(max_length=limits.max_length, truncate=limits.truncate))
 
 
 def keep(job: Job, number: int, bundle: Bundle) -> None:
@@ -136,10 +146,10 @@ def keep(job: Job, number: int, bundle: Bundle) -> None:
 def add_engine(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
     """Export to onnxruntime and hold the file against torch on real inputs. Raises ExportError where they differ, and
     ModelError where the model's own activations are no numbers (the layer named)."""
-    check_finite(bundle, real_inputs(job, 8))
+    check_finite(bundle, real_inputs(job, bundle, 8))
     job.progress.note("exporting to onnxruntime")
     engine = onnxruntime.export(bundle, folder)
-    worst = check(bundle, folder, engine, real_inputs(job))
+    worst = check(bundle, folder, engine, real_inputs(job, bundle))
     return manifest.model_copy(update={"engines": {"onnxruntime": engine.model_copy(update={"parity": worst})}})
 
 
@@ -149,22 +159,24 @@ def share_engines(job: Job, bundle: Bundle, folder: Path, manifest: Manifest) ->
     for name in job.recipe.measure.engines:
         job.progress.note(f"checking the file in {name}")
         entry = engines["onnxruntime"]
-        engines[name] = entry.model_copy(update={"parity": check(bundle, folder, entry, real_inputs(job), name)})
+        worst = check(bundle, folder, entry, real_inputs(job, bundle), name)
+        engines[name] = entry.model_copy(update={"parity": worst})
     return manifest.model_copy(update={"engines": engines})
 
 
-def real_inputs(job: Job, number: int = 32, batch: int = 8) -> list[dict[str, NDArray[np.int64]]]:
-    """A few batches of the user's texts; neutral ones of ours where there are none."""
-    some = job.splits.eval or job.splits.validation or job.bundle.encoder._replace(truncate=True).examples(TEXTS)
+def real_inputs(job: Job, bundle: Bundle, number: int = 32, batch: int = 8) -> list[dict[str, NDArray[np.int64]]]:
+    """A few batches of the user's texts in the bundle's tokens; neutral ones of ours where there are none."""
+    splits, _ = job.read_by(bundle)
+    some = splits.eval or splits.validation or bundle.encoder._replace(truncate=True).examples(TEXTS)
     rows = range(min(number, len(some)))
-    return [some.batch(rows[i : i + batch], job.bundle.encoder.pad) for i in range(0, len(rows), batch)]
+    return [some.batch(rows[i : i + batch], bundle.encoder.pad) for i in range(0, len(rows), batch)]
 
 
 def after(job: Job, bundle: Bundle) -> dict[str, float]:
     """Where the model stands after a step: weights, bytes they take, and the metric on the validation examples."""
     found = {key: figure.value for key, figure in weights(bundle).items()}
     found["bytes"] = sum(figure.value for figure in part_bytes(bundle).values())
-    validation = job.splits.validation
+    validation = job.read_by(bundle)[0].validation
     if validation is not None and validation.labels is not None:
         with simulate(bundle):
             found["quality"] = job.task.metrics(predict(bundle, validation), validation)[job.task.metric]

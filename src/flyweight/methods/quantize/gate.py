@@ -80,7 +80,9 @@ def open_gate(work: Work) -> Gate | None:
         return None
     reference = context.reference()
     batch = neutral_batch(settings.activations)  # that of all answers, so that nothing but the model differs
-    answers = predict(reference, examples, batch_size=batch, progress=context.progress, what="gate: reference")
+    own = context.seen_by(reference).validation  # the same texts: its vocabulary may not have been pruned
+    assert own is not None
+    answers = predict(reference, own, batch_size=batch, progress=context.progress, what="gate: reference")
     del reference
     if not context.task.labelled:
         examples = replace(examples, labels=answers)
