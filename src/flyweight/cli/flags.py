@@ -109,7 +109,8 @@ def kind(schema: Schema) -> str:
         if "enum" in option or "const" in option:
             words += [str(value) for value in option.get("enum", [option.get("const")])]
         elif option.get("type") == "array":
-            words.append(f"{kind(option['items'])},...")
+            fixed = option.get("prefixItems")
+            words.append(",".join(map(kind, fixed)) if fixed else f"{kind(option['items'])},...")
         elif option.get("type") == "string" and option.get("format") == "path":
             words.append("PATH")
         elif option.get("type") != "null":
