@@ -208,7 +208,7 @@ class PruneSettings(TeacherSettings):
     linear's output, the rest made up for it (Frantar and Alistarh 2022, 2023); `wanda`: |weight| x size of its input (Sun et
     al. 2024); layers also `cosine`: 1 - cosine of input and output (Men et al. 2024), and `loss`: the task's loss without it."""
     rearrange: bool = True
-    """`criterion: fisher`: swap units of a block as long as their joint Fisher information falls (Kwon et al. 2022, section 5.2)."""
+    """`criterion: fisher`: swap units of a block as long as their joint Fisher information falls (Kwon et al. 2022, sec. 5.2)."""
     restore: Literal["none", "masks", "linear", "block"] = "none"
     """What makes up for heads and neurons that went, without training. `masks` scales those that stay (Kwon et al. 2022, sec.
     5.3); `linear` solves the weights that read them (Park et al. 2024, section 3.3; the default with `speedup`); `block` then
@@ -275,6 +275,8 @@ class PruneSettings(TeacherSettings):
             raise ValueError("target weights needs either an amount or a threshold")
         if self.threshold is not None and self.criterion != "magnitude":
             raise ValueError("threshold is one of magnitude: give an amount")
+        if self.scope == "global" and self.criterion in ("hessian", "wanda"):
+            raise ValueError(f"criterion {self.criterion} weighs weights within their layer: set scope to layer")
 
     def _consistent_parts(self, structured: bool) -> None:
         if self.amount is None and self.speedup is None and self.target != "vocabulary":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +15,24 @@ from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.settings import PruneSettings
 
-__all__ = ["check", "cut", "select", "silence"]
+__all__ = ["Keep", "best", "check", "cut", "select", "silence"]
 
 Keep = dict[Group, list[int]]
 """{group: positions of the units that stay, ascending}"""
 
 
 def check(sizes: Mapping[Group, int], settings: PruneSettings) -> None:
-    """Refuse an amount that comes to nothing or to everything. Raises StepError that names one that works."""
+    """Refuse an amount that comes to nothing or to everything, of heads or of neurons, layers.
+
+    Raises StepError that names one that works.
+    """
+    for what, groups in _by_part(sizes).items():
+        _check({group: sizes[group] for group in groups}, what, settings)
+
+
+def _check(sizes: Mapping[Group, int], what: str, settings: PruneSettings) -> None:
     assert settings.amount is not None
-    one, amount = settings.target.removesuffix("s"), settings.amount
+    one, amount = what.removesuffix("s"), settings.amount
     if settings.scope == "global":
         most, least, of = sum(sizes.values()), 1, sum(sizes.values())
         room = most - len(sizes)
@@ -34,10 +42,10 @@ def check(sizes: Mapping[Group, int], settings: PruneSettings) -> None:
         least, room = 1, of - 1
         gone = _round(amount * of)
     where = "over all blocks" if settings.scope == "global" else "in a block"
-    if settings.target == "layers":
+    if what == "layers":
         where = "over all stacks" if settings.scope == "global" else "in a stack"
     if room < least:
-        raise StepError(f"more than one {one} {where} to prune {settings.target}", "one", "prune something else")
+        raise StepError(f"more than one {one} {where} to prune {what}", "one", "prune something else")
     if gone < least:
         lowest = math.ceil(1000 * 0.5 / of) / 1000
         raise StepError(
@@ -48,7 +56,7 @@ def check(sizes: Mapping[Group, int], settings: PruneSettings) -> None:
         raise StepError(
             f"an amount that leaves at least one {one} of {of} {where}", f"{amount}", f"lower it to {highest:g} or less"
         )
-    rounded = settings.multiple_of if settings.target == "neurons" else 1
+    rounded = settings.multiple_of if what == "neurons" else 1
     if settings.scope == "layer" and all(_up(n - _round(amount * n), rounded, n) == n for n in sizes.values()):
         raise StepError(
             f"an amount that removes neurons of {of} {where} in multiples of {rounded}",
@@ -60,19 +68,37 @@ def check(sizes: Mapping[Group, int], settings: PruneSettings) -> None:
 def select(scores: Scores, share: float, scope: str, multiple_of: int = 1) -> Keep:
     """The units that stay when `share` of them goes, smallest scores first, of equals the later ones.
 
-    scope `layer`: the same share of each group; `global`: the smallest of all. Every group keeps at least its best
-    unit, and what a group keeps is rounded up to a multiple of `multiple_of`.
+    scope `layer`: the same share of each group; `global`: the smallest of all, heads among heads and neurons among neurons.
+    Every group keeps at least its best unit, and the neurons that a group keeps are rounded up to a multiple of `multiple_of`.
     """
-    if scope == "layer":
-        left = {group: len(score) - _round(share * len(score)) for group, score in scores.items()}
-    else:
-        left = _global(scores, share)
-    keep = {}
+    left = {group: len(score) - _round(share * len(score)) for group, score in scores.items()}
+    if scope == "global":
+        for groups in _by_part(scores).values():
+            left |= _global({group: scores[group] for group in groups}, share)
+    counts = {}
     for group, score in scores.items():
-        count = _up(max(left[group], 1), multiple_of, len(score))
-        best = score.argsort(descending=True, stable=True)[:count]
-        keep[group] = sorted(best.tolist())
-    return keep
+        rounded = multiple_of if group.attention is None else 1
+        counts[group] = _up(max(left[group], 1), rounded, len(score))
+    return best(scores, counts)
+
+
+def best(scores: Scores, counts: Mapping[Group, int]) -> Keep:
+    """So many units of each group, those of the largest scores, of equals the earlier ones."""
+    order = {group: scores[group].argsort(descending=True, stable=True) for group in counts}
+    return {group: sorted(order[group][:count].tolist()) for group, count in counts.items()}
+
+
+def _part(group: Group) -> str:
+    if group.block is None:
+        return "layers"
+    return "neurons" if group.attention is None else "heads"
+
+
+def _by_part(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(_part(group), []).append(group)
+    return found
 
 
 def _global(scores: Scores, share: float) -> dict[Group, int]:
