@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +13,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="distillation needs the extra `compress`")
 
 import training_cases as cases  # noqa: E402
-from flyweight.context import Context  # noqa: E402
+from distill_cases import SETTINGS, School, small_school  # noqa: E402
 from flyweight.data import join, pack  # noqa: E402
 from flyweight.errors import Interrupted, StepError  # noqa: E402
 from flyweight.methods.distill import distill, student  # noqa: E402
-from flyweight.models.bundle import Bundle  # noqa: E402
 from flyweight.models.surgery import blocks  # noqa: E402
-from flyweight.settings import DistillSettings  # noqa: E402
-from flyweight.tasks import task_named  # noqa: E402
 from flyweight.training import distillation, loop, losses, pair, predict  # noqa: E402
 from flyweight.training.teacher import answers, identity, tap  # noqa: E402
-
-SETTINGS = DistillSettings(epochs=2, batch_size=8, learning_rate=1e-3, layers="every-other")
-
 
 # losses by hand: numbers from the math module alone
 
@@ -147,39 +140,6 @@ def test_layer_map() -> None:
 # the step
 
 
-class School:
-    """A teacher folder, a context, and how often the teacher was asked."""
-
-    def __init__(self, folder: Path, work: Path, task: str = "text-classification", **changes: Any) -> None:
-        self.folder, self.task, self.calls, self.loads = folder, task, 0, []
-        usual: dict[str, Any] = {"train": cases.examples(64), "validation": cases.examples(24, seed=1)}
-        self.context = Context(
-            task_named(task),
-            seed=0,
-            work=work / "work",
-            teacher_cache=work / "cache",
-            reference=self.reference,
-            load=self.load,
-            device="cpu",
-            **{**usual, **changes},
-        )
-
-    def bundle(self) -> Bundle:
-        return cases.open_bundle(self.folder, self.task)
-
-    def reference(self) -> Bundle:
-        teacher = self.bundle()
-        teacher.model.register_forward_hook(self._count)
-        return teacher
-
-    def load(self, path: str) -> Bundle:
-        self.loads.append(path)
-        return cases.open_bundle(Path(path), self.task)
-
-    def _count(self, *_: Any) -> None:
-        self.calls += 1
-
-
 @pytest.fixture(scope="module")
 def folder(tiny: Callable[..., Path]) -> Path:
     return tiny("bert", labels=("negative", "positive"))
@@ -282,22 +242,6 @@ def test_interrupted_distillation_goes_on_bit_for_bit(
                 with pytest.raises(Interrupted, match=f"{what} stopped; its state at step 5 of 16"):
                     distill(school.bundle(), settings, school.context)
     assert ends[0] == ends[1]
-
-
-def small_school(folder: Path, work: Path) -> School:
-    """`student: small` is half as wide as the teacher and has its tokenizer."""
-    school = School(folder, work)
-
-    def load(path: str) -> Bundle:
-        import tiny
-
-        made = work / path
-        if not made.exists():
-            tiny.write(made, "bert", ("negative", "positive"), 1, hidden_size=16, num_hidden_layers=2)
-        return cases.open_bundle(made)
-
-    school.context.load = load
-    return school
 
 
 def test_student_of_its_own_width_learns_hidden_states_through_a_map(folder: Path, tmp_path: Path) -> None:

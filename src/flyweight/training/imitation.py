@@ -183,7 +183,7 @@ def check_relation_heads(student: Bundle, teacher: Bundle, teacher_layer: int, h
         raise StepError(
             f"relation_heads that divide {both}",
             f"{heads}",
-            f"set it to {', '.join(map(str, fits[-4:-1]))} or {fits[-1]}" if len(fits) > 1 else "set it to 1",
+            f"set it to {', '.join(map(str, fits[-3:-1]))} or {fits[-1]}" if len(fits) > 1 else "set it to 1",
         )
 
 

@@ -63,19 +63,20 @@ def reader(q: Tensor, place: Moments) -> Reader:
     return Reader(gain, place.mean - gain @ (q.T @ place.mean))
 
 
-def low_rank_scores(query: Tensor, key: Tensor, moment: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def low_rank_scores(query: Tensor, key: Tensor, place: Moments, size: int) -> tuple[Tensor, Tensor]:
     """Queries and keys of `size` dimensions whose products are nearest to those of one head, over what the head reads.
 
-    query, key: [head size, N + 1], the weights with the bias as last column; moment: E[(z, 1) (z, 1)^T]. The truncated SVD of
-    query^T key in the metric of the moment, and the factor for sqrt(size) that scores are divided by. Returns two [size, N + 1].
+    query, key: [head size, N + 1], the weights with the bias as last column; place: moments of z. The truncated SVD of
+    query^T key in the metric of E[(z, 1) (z, 1)^T], and the factor for sqrt(size) that scores are divided by. Returns two
+    [size, N + 1].
     """
-    root = _root(moment)
-    one, other = (torch.linalg.qr((part @ root).T) for part in (query, key))
+    root = _root(place.covariance)
+    one, other = (torch.linalg.qr(_with_one(part, root, place.mean).T) for part in (query, key))
     left, values, right = torch.linalg.svd(one.R @ other.R.T)
     scale = values[:size].sqrt() * (size / len(query)) ** 0.25
     return (
-        _unroot((one.Q @ left[:, :size] * scale).T, root),
-        _unroot((other.Q @ right[:size].T * scale).T, root),
+        _without_one((one.Q @ left[:, :size] * scale).T, root, place.mean),
+        _without_one((other.Q @ right[:size].T * scale).T, root, place.mean),
     )
 
 
@@ -105,11 +106,12 @@ def fit_norm(given: Moments, wanted: Tensor, together: Tensor) -> tuple[Tensor, 
 def kept_units(weight: Tensor, bias: Tensor, units: Moments, count: int) -> tuple[list[int], Tensor, Tensor]:
     """Which `count` of the units to keep that a linear reads, and its weight and bias over those.
 
-    weight: [out, units]; units: moments of the units' values. Those stay whose value times weight varies most; the others are
-    guessed from them by least squares. At count = units nothing changes.
+    weight: [out, units]; units: moments of the units' values. One after another that one stays whose value times weight
+    varies most beside what the ones before it tell; the others are guessed from them by least squares. At count = units
+    nothing changes.
     """
-    worth = weight.norm(dim=0) * units.covariance.diagonal().clamp(min=0).sqrt()
-    keep = sorted(worth.argsort(descending=True, stable=True)[:count].tolist())
+    size = weight.norm(dim=0)
+    keep = _telling(size[:, None] * units.covariance * size, count)
     gone = sorted(set(range(weight.shape[1])) - set(keep))
     inside = units.covariance[keep][:, keep]
     ridge = RIDGE * inside.diagonal().mean().clamp(min=1e-12) * torch.eye(count, dtype=weight.dtype)
@@ -138,11 +140,34 @@ def _pivots(vectors: Tensor) -> list[int]:
     return sorted(found)
 
 
+def _telling(covariance: Tensor, count: int) -> list[int]:
+    """`count` variables that leave least to be told about the others, greedily (pivoted Cholesky), in rising order."""
+    left, found = covariance.clone(), list[int]()
+    for _ in range(count):
+        varies = left.diagonal().clone()
+        varies[found] = -1.0
+        found.append(int(varies.argmax()))
+        row = left[found[-1]] / varies[found[-1]].clamp(min=1e-300).sqrt()
+        left = left - torch.outer(row, row)
+    return sorted(found)
+
+
 def _root(moment: Tensor) -> Tensor:
     """L with L L^T = the moment, its diagonal raised a little."""
     raised = moment + JITTER * moment.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moment), dtype=moment.dtype)
     found: Tensor = torch.linalg.cholesky(raised)
     return found
+
+
+def _with_one(rows: Tensor, root: Tensor, mean: Tensor) -> Tensor:
+    """rows [n, N + 1] times F = [[L, mean], [0, 1]], where F F^T = E[(z, 1) (z, 1)^T]; stable where the mean is large."""
+    return torch.cat([rows[:, :-1] @ root, (rows[:, :-1] @ mean + rows[:, -1])[:, None]], 1)
+
+
+def _without_one(rows: Tensor, root: Tensor, mean: Tensor) -> Tensor:
+    """rows [n, N + 1] times the inverse of that."""
+    weights = _unroot(rows[:, :-1], root)
+    return torch.cat([weights, (rows[:, -1] - weights @ mean)[:, None]], 1)
 
 
 def _unroot(rows: Tensor, root: Tensor) -> Tensor:

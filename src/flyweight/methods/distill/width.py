@@ -161,10 +161,10 @@ class _Sums:
     second: Any = 0.0
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.float()
+        rows = rows.cpu().double()  # means may be large against what varies
         self.count += len(rows)
-        self.first = self.first + rows.sum(0).double().cpu()
-        self.second = self.second + (rows.T @ rows).double().cpu()
+        self.first = self.first + rows.sum(0)
+        self.second = self.second + rows.T @ rows
 
     def moments(self) -> Moments:
         mean = self.first / self.count
@@ -179,7 +179,7 @@ class _Fit:
     sums: list[Any] = field(default_factory=lambda: [0.0] * 4)
 
     def add(self, given: Tensor, wanted: Tensor) -> None:
-        given, wanted = given.double().cpu(), wanted.double().cpu()
+        given, wanted = given.cpu().double(), wanted.cpu().double()
         self.count += len(given)
         for number, rows in enumerate((given, given.square(), wanted, given * wanted)):
             self.sums[number] = self.sums[number] + rows.sum(0)
@@ -283,16 +283,13 @@ def _attention(
     """
     through = reader(q, place)
     mean, covariance = q.T @ place.mean, q.T @ place.covariance @ q
-    last = torch.cat([mean, torch.ones(1, dtype=mean.dtype)])
-    moment = torch.outer(last, last)
-    moment[:-1, :-1] += covariance
     (wq, bq), (wk, bk), (wv, bv) = (_read(parts[part], through) for part in ("q", "k", "v"))
     wo, bias = _written(parts["o"], q)
     query, key = torch.cat([wq, bq[:, None]], 1), torch.cat([wk, bk[:, None]], 1)
     queries, keys, values, outs = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     for start in range(0, len(wq), old):
         rows = slice(start, start + old)
-        one, other = low_rank_scores(query[rows], key[rows], moment, new)
+        one, other = low_rank_scores(query[rows], key[rows], Moments(mean, covariance), new)
         value, out = low_rank_values(wv[rows], wo[:, rows], covariance, new)
         bias = bias + wo[:, rows] @ (bv[rows] + wv[rows] @ mean) - out @ (value @ mean)
         for found, part in ((queries, one), (keys, other), (values, value), (outs, out)):
