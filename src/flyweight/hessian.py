@@ -13,9 +13,9 @@ Two ways of paying for a change at the least cost stand on it (Hassibi and Stork
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,22 @@ from flyweight.errors import StepError
 if TYPE_CHECKING:
     from flyweight.calibration import Block, Site
 
-__all__ = ["Factor", "Inverse", "Moments", "best_of", "damped", "factor", "inverse", "lost", "relative", "sweep"]
+__all__ = [
+    "Factor",
+    "Inverse",
+    "Moments",
+    "best_of",
+    "bytes_needed",
+    "damped",
+    "factor",
+    "inverse",
+    "lost",
+    "relative",
+    "sweep",
+]
 
 TRIES = 4
 """Times that a damping which is too small is made ten times larger."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -145,14 +155,14 @@ def factor(gram: Tensor, damping: float, name: str, sort: bool = True) -> Factor
     if sort:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
 
-    def upper(hessian: Tensor) -> Tensor | None:
-        lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
-        if failed:
+    def upper(share: float) -> Tensor | None:
+        whole = _inverse(damped(gram, share)[order][:, order])
+        if whole is None:
             return None
-        found, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        return None if failed or not bool(torch.isfinite(found).all()) else found
+        found, failed = torch.linalg.cholesky_ex(whole, upper=True)
+        return None if failed or not _finite(found) else found
 
-    return Factor(order, *_tried(gram, damping, name, upper))
+    return Factor(order, *_tried(damping, name, upper))
 
 
 class Inverse(NamedTuple):
@@ -166,12 +176,7 @@ class Inverse(NamedTuple):
 def inverse(gram: Tensor, damping: float, name: str) -> Inverse:
     """Of [in, in] float64, damped by a share of its mean diagonal. Raises StepError naming the layer as `factor`."""
 
-    def whole(hessian: Tensor) -> Tensor | None:
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        found = None if failed else torch.cholesky_inverse(lower)
-        return None if found is None or not bool(torch.isfinite(found).all()) else found
-
-    matrix, share = _tried(gram, damping, name, whole)
+    matrix, share = _tried(damping, name, lambda share: _inverse(damped(gram, share)))
     return Inverse(matrix, _ridge(gram, share), share)
 
 
@@ -183,19 +188,32 @@ def best_of(weight: Tensor, gram: Tensor, columns: Sequence[int], damping: float
     """
     stay = torch.as_tensor(columns, device=gram.device)
 
-    def solved(whole: Tensor) -> Tensor | None:
-        lower, failed = torch.linalg.cholesky_ex(whole[stay][:, stay])
-        found = None if failed else torch.cholesky_solve(whole[stay] @ weight.t().to(whole.dtype), lower).t()
-        return None if found is None or not bool(torch.isfinite(found).all()) else found
+    def solved(share: float) -> Tensor | None:
+        rows = damped(gram, share)[stay]
+        lower, failed = torch.linalg.cholesky_ex(rows[:, stay])
+        found = None if failed else torch.cholesky_solve(rows @ weight.t().to(rows.dtype), lower).t()
+        return None if found is None or not _finite(found) else found
 
-    return _tried(gram, damping, name, solved)[0].to(weight.dtype)
+    return _tried(damping, name, solved)[0].to(weight.dtype)
 
 
-def _tried(gram: Tensor, damping: float, name: str, attempt: Callable[[Tensor], T | None]) -> tuple[T, float]:
-    """What the attempt makes of the damped Hessian, at the first share that lets it."""
+def _inverse(hessian: Tensor) -> Tensor | None:
+    """None where it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    found = None if failed else torch.cholesky_inverse(lower)
+    return None if found is None or not _finite(found) else found
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By its sum, which takes no memory."""
+    return bool(torch.isfinite(tensor.sum()))
+
+
+def _tried(damping: float, name: str, attempt: Callable[[float], Tensor | None]) -> tuple[Tensor, float]:
+    """What the attempt makes of the Hessian, at the first share of damping that lets it."""
     for number in range(TRIES):
         share = damping * 10**number
-        found = attempt(damped(gram, share))
+        found = attempt(share)
         if found is not None:
             return found, share
     raise StepError(
@@ -223,3 +241,31 @@ def sweep(left: Tensor, upper: Tensor, settle: Callable[[int], Tensor], columns:
             errors[j - start] = left[j] - settle(j)
             left[j + 1 : end].addr_(shares[j, j + 1 : end], errors[j - start], alpha=-1)
         left[end:].addmm_(shares[start:end, end:].t(), errors, alpha=-1)
+
+
+Way = Literal["factor", "inverse", "squares"]
+"""What a method makes of the inputs: a factor (SparseGPT, GPTQ), an inverse (structured OBS), one number each (Wanda)."""
+
+_MATRICES: dict[Way, tuple[tuple[float, float], ...]] = {
+    "factor": ((5.7, 0.0), (4.1, 2.2)),  # while it is made; while the weight is corrected and its error taken
+    "inverse": ((5.6, 3.1),),
+    "squares": ((0.0, 4.2),),
+}
+"""Float64 numbers that are held at once, (for every entry of the Hessian, for every weight): counted, and measured to be so."""
+
+
+def bytes_needed(linears: Iterable[tuple[int, int]], tokens: int, hidden: int, way: Way, batch: int = 0) -> int:
+    """Bytes that a walk with one of the methods takes at most, beside the model itself.
+
+    One block's inputs and outputs, [tokens, hidden] each, what one batch makes inside the block, and the worst linear's matrices.
+
+    linears: [out, in] of those that are solved; tokens: of all texts; hidden: width of hidden states; batch: tokens of the
+    largest batch (`calibration.BATCH` texts of the longest length)
+    """
+    shapes = list(linears)
+    matrices = max(
+        (8 * (entries * n * n + weights * n * out) for out, n in shapes for entries, weights in _MATRICES[way]),
+        default=0,
+    )
+    widest = max((max(shape) for shape in shapes), default=hidden)
+    return int(2 * 4 * tokens * hidden + 6 * 4 * batch * widest + matrices)
