@@ -196,9 +196,9 @@ def test_what_a_merged_token_needs_by_hand():
     made = Tokenizer(models.BPE(vocab, merges))
     pieces = pieces_of(json.loads(made.to_str()))
     assert pieces.always == {0, 1, 2, 3, 4}
-    assert pieces.needs(vocab["abcd"]) == {vocab["ab"], vocab["cd"], vocab["abcd"]}
-    assert pieces.needs(vocab["abc"]) == {vocab["ab"], vocab["abc"]}
-    assert pieces.needs(vocab["xyz"]) == set()
+    assert pieces.needs(vocab["abcd"]) == [vocab["ab"], vocab["cd"], vocab["abcd"]]
+    assert pieces.needs(vocab["abc"]) == [vocab["ab"], vocab["abc"]]
+    assert pieces.needs(vocab["xyz"]) == []
     content, rows = rewrite(json.loads(made.to_str()), [vocab["abcd"]])
     assert rows == [0, 1, 2, 3, 4, 5, 6, 9]
     assert content["model"]["merges"] == [["a", "b"], ["c", "d"], ["ab", "cd"]]

@@ -14,7 +14,7 @@ pieces of their own (`missing`); words that were unknown may become known by the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,14 +33,14 @@ class Pieces(NamedTuple):
     ids:     {token: id}
     always:  ids of tokens that no cut may take: unknown, characters, bytes
     missing: {character piece that a cut adds: id of the shortest token it is in, whose row it gets}
-    needs:   id -> ids of the tokens that this one is merged from
+    needs:   id -> ids of the tokens that this one is merged from, every one after those that it is merged from itself
     write:   ({id: new id} of the tokens that stay, {added piece: id}) -> the model's new content
     """
 
     ids: dict[str, int]
     always: set[int]
     missing: dict[str, int]
-    needs: Callable[[int], Collection[int]]
+    needs: Callable[[int], Sequence[int]]
     write: Callable[[Mapping[int, int], Mapping[str, int]], Content]
 
 
@@ -138,13 +138,14 @@ def _bpe(model: Content, special: set[str]) -> Pieces:
     if model.get("ignore_merges"):  # whole words are looked up first, also those with characters that are no tokens
         always |= {number for token, number in ids.items() if not set(token) <= ids.keys()}
 
-    def needs(number: int) -> set[int]:
-        token, found = names[number], set()
+    def needs(number: int) -> list[int]:
+        token = names[number]
+        found: dict[int, None] = {}
         for symbols in _symbols(token, prefix, suffix):
             if ids.keys() >= set(symbols):
                 result, steps = _merge(symbols, ranks, len(prefix))
-                found |= {ids[step] for step in steps} if result == [token] else set()
-        return found
+                found |= dict.fromkeys(ids[step] for step in steps) if result == [token] else {}
+        return list(found)
 
     def write(new: Mapping[int, int], extra: Mapping[str, int]) -> Content:
         kept = _numbered(ids, new)

@@ -46,8 +46,8 @@ def always(bundle: Bundle) -> set[int]:
     return found & set(bundle.encoder.tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def needs(bundle: Bundle) -> Callable[[int], Collection[int]]:
-    """id -> ids of the tokens that it is merged from (BPE; none elsewhere)."""
+def needs(bundle: Bundle) -> Callable[[int], Sequence[int]]:
+    """id -> ids of the tokens that it is merged from, in the order of the merges (BPE; none elsewhere)."""
     pieces = pieces_of(_content(bundle))
     own = set(pieces.ids.values())
     return lambda number: pieces.needs(number) if number in own else ()
