@@ -219,7 +219,7 @@ class PruneSettings(TeacherSettings):
     """`2:4` keeps the two largest of every four weights along the input; any N:M."""
     gradual: Literal["one-shot", "cubic", "l0"] = "one-shot"
     """`cubic`: the share grows as s(t) = amount * (1 - (1 - t)^3) in training (Zhu and Gupta 2017, eq. 1); `l0`: training finds
-    what goes, layers, heads, neurons and hidden width together, and learns from the teacher (CoFi, Xia et al. 2022)."""
+    what goes, layers, heads and neurons together, and learns from the teacher (CoFi, Xia et al. 2022)."""
     samples: int = Field(512, ge=1)
     """Training examples that scores and restoring are taken on."""
     multiple_of: int = Field(1, ge=1)
@@ -235,7 +235,7 @@ class PruneSettings(TeacherSettings):
     @classmethod
     def _by_wish(cls, given: Any) -> Any:
         """A wish chooses by Fisher information and makes up for what went, unless told otherwise."""
-        if isinstance(given, Mapping) and given.get("speedup") is not None:
+        if isinstance(given, Mapping) and given.get("speedup") is not None and given.get("gradual") != "l0":
             return {"criterion": "fisher", "restore": "linear", **given}
         return given
 
@@ -254,8 +254,12 @@ class PruneSettings(TeacherSettings):
             raise ValueError("gradual cubic needs an amount and target weights, heads or neurons")
         if self.gradual == "cubic" and self.criterion not in ("magnitude", "random", "taylor"):
             raise ValueError("gradual cubic scores again and again: set criterion to magnitude, random or taylor")
-        if self.gradual == "l0" and self.target != "heads+neurons":
-            raise ValueError("gradual l0 goes with target heads+neurons; layers and hidden width go with them")
+        if self.gradual == "l0" and (self.target != "heads+neurons" or self.criterion != "magnitude"):
+            raise ValueError(
+                "gradual l0 goes with target heads+neurons, layers go with them, and finds by itself what goes"
+            )
+        if self.gradual != "one-shot" and self.restore != "none":
+            raise ValueError(f"gradual {self.gradual} trains what is left: set restore to none")
         return self
 
     def _consistent_weights(self) -> None:

@@ -80,7 +80,7 @@ class Distillation:
         self.targets, self.labelled, self.imitation, self.key = targets, labelled, imitation, key
         self.terms, self.live, self.done = Terms.of(settings), live, 0
         count = len(live.teachers) if live is not None else len(targets)
-        self.shares = [1 / count] * count if shares is None else list(shares)
+        self.shares = [1 / max(count, 1)] * count if shares is None else list(shares)
         self.per_epoch = max(math.ceil(len(labelled) / settings.batch_size), 1)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
