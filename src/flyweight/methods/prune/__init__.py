@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flyweight.context import Context
 from flyweight.errors import StepError
 from flyweight.methods.prune import masks, structured
+from flyweight.methods.prune.learned import prune_by_gates
 from flyweight.methods.prune.parts import prune_parts, prune_while_training
 from flyweight.methods.prune.scores import groups, score
+from flyweight.methods.prune.vocabulary import prune_vocabulary
 from flyweight.methods.prune.weights import prune_weights
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
@@ -19,10 +22,10 @@ __all__ = ["prune"]
 
 
 def prune(bundle: Bundle, settings: PruneSettings, context: Context) -> Bundle:
-    """Prune the bundle's model in place.
+    """Prune the bundle's model in place; where its vocabulary goes, the bundle that is returned has another tokenizer.
 
-    `target: weights` sets weights of the blocks' linears to zero and names them in `bundle.sparse`; heads, neurons and
-    layers are physically removed. What went, and how many parameters are left, goes into `context.notes`. Raises
+    `target: weights` sets weights of the blocks' linears to zero and names them in `bundle.sparse`; heads, neurons, layers and
+    tokens are physically removed. What went, and how many parameters are left, goes into `context.notes`. Raises
     StepError: quantized weights, an amount that comes to nothing or to everything, a wish that nothing meets, no labelled
     examples or texts where the criterion, restoring or the schedule needs them.
     """
@@ -31,21 +34,21 @@ def prune(bundle: Bundle, settings: PruneSettings, context: Context) -> Bundle:
             "float weights to prune", f"{len(bundle.quantized)} quantized ones", "put prune before quantize"
         )
     with placed(bundle.model, find_device(context.device)):
-        notes = _pruned(bundle, settings, context)
-        if settings.target != "weights":
+        if settings.target == "vocabulary":
+            bundle, notes = prune_vocabulary(bundle, settings, context)
+        else:
+            notes = _way(settings)(bundle, settings, context)
             _rename_patterns(bundle)
     context.notes.update(notes)
     return bundle
 
 
-def _pruned(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
-    if settings.target == "weights":
-        return prune_weights(bundle, settings, context)
-    if settings.target == "layers":
-        return _layers(bundle, settings, context)
-    if settings.gradual == "cubic":
-        return prune_while_training(bundle, settings, context)
-    return prune_parts(bundle, settings, context)
+def _way(settings: PruneSettings) -> Callable[[Bundle, PruneSettings, Context], dict[str, Any]]:
+    """Prunes in place and gives the notes."""
+    if settings.target in ("weights", "layers"):
+        return prune_weights if settings.target == "weights" else _layers
+    ways = {"one-shot": prune_parts, "cubic": prune_while_training, "l0": prune_by_gates}
+    return ways[settings.gradual]
 
 
 def _layers(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def prune_parts(bundle: Bundle, settings: PruneSettings, context: Context) -> di
     sizes = groups(bundle, settings.target)
     if settings.amount is not None:
         structured.check(sizes, settings)
+    if settings.criterion == "hessian" or settings.restore != "none":
+        texts(settings, context)  # or it would be refused after the scores
     measure = _measure(bundle, settings, context)
     loss = {"before": measure(bundle)} if measure else {}
     notes: dict[str, Any] = {}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
     from flyweight.settings import PruneSettings
 
-__all__ = ["costs_for", "wished"]
+__all__ = ["costs_for", "here", "terms", "wished"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def costs_for(bundle: Bundle, settings: PruneSettings, context: Context) -> Cost
         return flop_costs(bundle, settings.shape[1])
     if settings.cost == "bytes":
         return byte_costs(bundle)
-    return latency_costs(_here(bundle), _terms(settings), _tables(context), context.progress)
+    return latency_costs(here(bundle), terms(settings), _tables(context), context.progress)
 
 
-def _terms(settings: PruneSettings) -> Terms:
+def terms(settings: PruneSettings) -> Terms:
     return Terms(settings.engine, settings.precision, Point(*settings.shape))
 
 
@@ -77,7 +77,7 @@ def wished(bundle: Bundle, settings: PruneSettings, context: Context, ranking: R
 
 def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ranking) -> tuple[Keep, dict[str, Any]]:
     assert settings.speedup is not None
-    dense = _here(bundle)
+    dense = here(bundle)
     costs = costs_for(dense, settings, context)
     shapes = surgery.shapes(dense.model, dense.family)
     multiple = math.lcm(settings.multiple_of, costs.multiple)
@@ -92,7 +92,7 @@ def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ran
     with ExitStack() as closing:
         race = None
         if settings.cost == "latency":
-            opened = closing.enter_context(Race(dense, _terms(settings), context.seed))
+            opened = closing.enter_context(Race(dense, terms(settings), context.seed))
             race = lambda made: opened.against(made.bundle)  # noqa: E731
         met = meet(settings.speedup, make, lambda made: made.chosen.speedup, race, context.progress)
     notes = {
@@ -102,7 +102,7 @@ def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ran
     return met.model.keep, notes
 
 
-def _here(bundle: Bundle) -> Bundle:
+def here(bundle: Bundle) -> Bundle:
     """On the CPU, where engines read it; a copy where it is elsewhere."""
     if bundle.device.type == "cpu":
         return bundle

@@ -1,0 +1,96 @@
+"""Shapes learned in training (`l0`), priced by the same tables as those that are chosen, and cut at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flyweight.measure.costs import Costs, Shapes, byte_costs, kinds_of
+from flyweight.measure.race import Race
+from flyweight.methods.prune import structured
+from flyweight.methods.prune.l0 import Price, learn_shape
+from flyweight.methods.prune.scores import Group, groups
+from flyweight.methods.prune.shapes import kind_of, units_of
+from flyweight.methods.prune.wish import SURE
+from flyweight.methods.prune.wished import costs_for, here, terms
+from flyweight.models import surgery
+
+if TYPE_CHECKING:
+    from flyweight.context import Context
+    from flyweight.models.bundle import Bundle
+    from flyweight.settings import PruneSettings
+
+__all__ = ["price_of", "prune_by_gates"]
+
+ROUNDS = 48
+"""That the result races the model at hand for."""
+
+
+def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
+    """Train until a shape is settled and on to the end, and cut it, in place. Returns the step's notes.
+
+    With `speedup` the shape costs so many times less by `settings.cost`, with `amount` that share of the blocks' weights goes.
+    How fast the result is is measured and told: a training is not repeated for what a table was wrong by. Raises StepError as
+    `learn_shape` does.
+    """
+    before = here(bundle.copy()) if settings.cost == "latency" and settings.speedup is not None else None
+    shapes = surgery.shapes(bundle.model, bundle.family)
+    if settings.speedup is None:
+        assert settings.amount is not None
+        costs, share = byte_costs(bundle), 1 - settings.amount
+        price = price_of(costs, shapes, base=0.0)
+    else:
+        costs, share = costs_for(bundle, settings, context), 1 / settings.speedup
+        price = price_of(costs, shapes, base=costs.base)
+    keep, training = learn_shape(bundle, settings, context, price, share)
+    parts = groups(bundle, settings.target)
+    notes = structured.cut(bundle, settings.target, {group: keep[group] for group in parts})
+    whole = notes["parameters_before"]
+    layers = structured.cut(bundle, "layers", {group: stay for group, stay in keep.items() if group.block is None})
+    notes |= {
+        "removed_layers": layers["removed"],
+        "parameters_before": whole,
+        "parameters_after": layers["parameters_after"],
+        "plain": layers["plain"],
+    }
+    found = {
+        "training": training,
+        "price": {"share": share, "kept": price.total(keep) / price.whole, "unit": costs.unit},
+    }
+    if before is not None:
+        found["wish"] = _raced(before, bundle, settings, context)
+    return {**notes, **found}
+
+
+def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
+    """A block's own costs are spread evenly over its parts, so that a layer that goes costs nothing."""
+    parts = {}
+    for stack, blocks in shapes.items():
+        kinds = kinds_of(costs.curves, stack)
+        for number, shape in enumerate(blocks):
+            for attention in (*range(len(shape.heads)), None):
+                group = Group(stack, number, attention)
+                curve = costs.curves[kind_of(group)][: units_of(shapes, group) + 1] + costs.block[stack] / len(kinds)
+                curve = curve.copy()
+                curve[0] = (
+                    2 * curve[1] - curve[2] if len(curve) > 2 else 0.0
+                )  # less than one unit is only ever expected
+                parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
+    return Price(base, parts)
+
+
+def _raced(before: Bundle, after: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
+    assert settings.speedup is not None
+    with Race(before, terms(settings), context.seed) as race, race.against(here(after)) as take:
+        found = take(ROUNDS)
+    low = found.low or 0.0
+    context.progress.note(f"{found.value:.2f}x as fast as before, {settings.speedup:g}x was wished for")
+    return {
+        "wish": settings.speedup,
+        "speedup": round(found.value, 4),
+        "low": round(low, 4),
+        "high": None if found.high is None else round(found.high, 4),
+        "met": low >= SURE * settings.speedup,
+    }

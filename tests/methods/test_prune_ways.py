@@ -1,0 +1,184 @@
+"""The step's other ways reach the parts that do them: weights by what flows into them, tokens, shapes learned in training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from flyweight.context import Context
+from flyweight.data import Columns
+from flyweight.errors import StepError
+from flyweight.measure import costs as costing
+from flyweight.methods.prune import learned, masks, prune
+from flyweight.methods.prune.restore import texts
+from flyweight.methods.prune.scores import groups
+from flyweight.methods.prune.sparsegpt import sparsegpt
+from flyweight.methods.prune.wanda import wanda
+from flyweight.models import surgery
+from flyweight.settings import PruneSettings
+from flyweight.tasks import task_named
+from flyweight.training import predict
+from training_cases import examples, open_bundle
+
+LABELS = ("negative", "positive")
+
+
+@pytest.fixture
+def bundle(tiny):
+    return open_bundle(tiny("bert", labels=LABELS))
+
+
+@pytest.fixture
+def context(tmp_path, bundle):
+    reference = bundle.copy()
+    return Context(
+        task=task_named("text-classification"),
+        seed=3,
+        work=tmp_path / "work",
+        reference=lambda: reference,
+        load=lambda _: reference,
+        train=examples(48),
+        validation=examples(16, seed=9),
+        columns=Columns(),
+        device="cpu",
+    )
+
+
+# weights
+
+
+@pytest.mark.parametrize("criterion", ["hessian", "wanda"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:8"])
+def test_weights_by_what_flows_into_them(tiny, bundle, context, criterion, pattern):
+    share = {"unstructured": 0.5, "2:4": 0.5, "1:8": 0.875}[pattern]
+    given = PruneSettings(
+        amount=0.5 if pattern == "unstructured" else None, pattern=pattern, criterion=criterion, samples=24
+    )
+    plain = open_bundle(tiny("bert", labels=LABELS))
+    names = [f"{name}.weight" for name in surgery.linears(plain.model, plain.family)]
+    way = wanda if criterion == "wanda" else sparsegpt
+    way(plain, texts(given, context), names, share=given.amount, pattern=pattern)
+    prune(bundle, given, context)
+    for name, view in masks.views(bundle, names).items():
+        assert torch.equal(view, masks.views(plain, [name])[name]), name
+        assert float((view == 0).float().mean()) == pytest.approx(share, abs=1e-3), name
+        if pattern == "1:8":
+            assert masks.is_n_of_m(view, 1, 8)
+    assert bundle.sparse == dict.fromkeys(names, "2:4" if pattern == "2:4" else "unstructured")
+    assert ("output_error" in context.notes) == (criterion == "hessian")
+    json.dumps(context.notes)
+
+
+def test_skipped_weights_stay_whole(bundle, context):
+    prune(bundle, PruneSettings(amount=0.5, criterion="wanda", skip=("*.layer.0.*",), samples=24), context)
+    assert len(bundle.sparse) == 18
+    assert bool((bundle.model.bert.encoder.layer[0].output.dense.weight != 0).all())
+
+
+@pytest.mark.parametrize("criterion", ["hessian", "wanda"])
+def test_weights_need_texts_to_look_at(bundle, context, criterion):
+    context.train = None
+    with pytest.raises(StepError, match="texts to calibrate on, got none"):
+        prune(bundle, PruneSettings(amount=0.5, criterion=criterion), context)
+
+
+# tokens
+
+
+def test_tokens_go_and_the_step_gives_back_the_new_tokenizer(bundle, context):
+    before = len(bundle.tokenizer)
+    used = set(context.train.ids.tolist())
+    made = prune(bundle, PruneSettings(target="vocabulary"), context)
+    assert len(used) <= len(made.tokenizer) < before
+    assert made.model.get_input_embeddings().weight.shape[0] == len(made.tokenizer)
+    assert context.notes["tokens_after"] == len(made.tokenizer)
+    json.dumps(context.notes)
+
+
+# shapes learned in training
+
+
+@pytest.mark.parametrize("wish", [{"amount": 0.5}, {"speedup": 1.3, "cost": "flops", "shape": (1, 16)}])
+def test_shapes_learned_in_training_are_cut_within_the_wish(bundle, context, wish):
+    given = PruneSettings(
+        target="heads+neurons", gradual="l0", epochs=6, batch_size=8, learning_rate=1e-3, hidden_weight=1.0, **wish
+    )
+    assert given.restore == "none"
+    before = surgery.shapes(bundle.model, bundle.family)
+    flops, weights = costing.flop_costs(bundle, 16).total(before), in_blocks(bundle)
+    prune(bundle, given, context)
+    after = surgery.shapes(bundle.model, bundle.family)
+    assert after != before
+    if "amount" in wish:
+        assert 0.2 * weights < in_blocks(bundle) <= 0.5 * weights + 1
+    else:
+        assert costing.flop_costs(bundle, 16).total(after) <= flops / 1.3 * (1 + 1e-6)
+    notes = context.notes
+    assert notes["price"]["kept"] <= notes["price"]["share"]
+    assert sorted(notes["removed_layers"].get("encoder", [])) == sorted(set(range(4)) - set(kept_layers(notes)))
+    assert notes["parameters_after"] == sum(p.numel() for p in bundle.model.parameters())
+    assert np.isfinite(predict(bundle, context.validation)).all()
+    json.dumps(notes)
+
+
+def kept_layers(notes):
+    return [number for number in range(4) if number not in notes["removed_layers"].get("encoder", [])]
+
+
+def in_blocks(bundle):
+    return sum(
+        p.numel() for blocks in surgery.blocks(bundle.model, bundle.family).values() for p in blocks.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama"])
+def test_prices_are_the_costs_of_what_stays(tiny, name):
+    """Of the whole model, and of one without a layer, part by part."""
+    bundle = open_bundle(tiny(name, labels=LABELS))
+    costs, shapes = costing.flop_costs(bundle, 16), surgery.shapes(bundle.model, bundle.family)
+    price = learned.price_of(costs, shapes, costs.base)
+    assert price.whole == pytest.approx(costs.total(shapes), rel=1e-5)
+    keep = {group: list(range(size)) for group, size in groups(bundle, "heads+neurons").items()}
+    keep |= {group: [0, 1, 3] for group in groups(bundle, "layers")}
+    for group, stay in keep.items():
+        if group.block == 1:
+            keep[group] = stay[:1]
+    stack = next(iter(shapes))
+    small = bundle.copy()
+    for group, stay in keep.items():
+        if group.block == 1 and group.attention is None:
+            surgery.keep_neurons(small.model, small.family, stack, 1, stay)
+        elif group.block == 1:
+            surgery.keep_heads(small.model, small.family, stack, 1, group.attention, stay)
+    surgery.keep_layers(small.model, small.family, {stack: [0, 1, 3]})
+    assert price.total(keep) == pytest.approx(
+        costing.flop_costs(small, 16).total(surgery.shapes(small.model, small.family)), rel=1e-5
+    )
+    curve = next(iter(price.parts.values()))
+    assert bool((curve[1:] >= curve[:-1]).all())
+    assert bool(torch.isfinite(curve).all())
+
+
+# settings that do not go together
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"amount": 0.5, "criterion": "wanda", "scope": "global"}, "set scope to layer"),
+        ({"target": "heads", "amount": 0.5, "gradual": "cubic", "restore": "linear"}, "trains what is left"),
+        ({"target": "heads+neurons", "amount": 0.5, "gradual": "l0", "restore": "linear"}, "trains what is left"),
+        ({"target": "heads", "amount": 0.5, "gradual": "l0"}, "goes with target heads\\+neurons"),
+        ({"target": "heads+neurons", "amount": 0.5, "gradual": "l0", "criterion": "fisher"}, "finds by itself"),
+        ({"target": "heads", "amount": 0.5, "speedup": 2.0}, "two wishes"),
+        ({"target": "layers", "speedup": 2.0}, "speedup goes with"),
+        ({"target": "layers", "amount": 0.5, "restore": "linear"}, "restore goes with heads and neurons"),
+        ({"target": "neurons", "amount": 0.5, "criterion": "wanda"}, "is none for neurons"),
+    ],
+)
+def test_settings_that_do_not_go_together(values, message):
+    with pytest.raises(ValueError, match=message):
+        PruneSettings(**values)
