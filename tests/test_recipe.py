@@ -55,6 +55,10 @@ ILLEGAL = {
     "[quantize, {prune: {target: heads, amount: .5}}]": "make quantize the last step",
     "[quantize, distill]": "make quantize the last step",
     "[{prune: {pattern: '2:4'}}, {prune: {target: neurons, amount: .5}}]": "break the groups of four",
+    "[{prune: {pattern: '1:8'}}, {prune: {target: heads, amount: .5}}]": "break the groups of 1:8",
+    "[{prune: {amount: .5}}, {prune: {target: neurons, amount: .5, restore: linear}}]": "would fill the zeros: swap",
+    "[{prune: {amount: .5}}, {prune: {target: heads, speedup: 2}}]": r"prune \(restore linear\) before pruning weights",
+    "[{prune: {amount: .5}}, {prune: {target: heads, amount: .5, criterion: hessian}}]": "would fill the zeros",
 }
 
 
@@ -63,6 +67,13 @@ def test_an_illegal_order_is_refused_with_its_reason(tmp_path, steps):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"steps: {steps}")
     with pytest.raises(StepError, match=ILLEGAL[steps]):
+        check_order(read_recipe(path).steps)
+
+
+def test_heads_may_go_after_weights_where_zeros_stay(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for more in ("criterion: fisher, restore: masks", "criterion: taylor"):
+        path.write_text(f"steps: [{{prune: {{amount: .5}}}}, {{prune: {{target: heads, amount: .5, {more}}}}}]")
         check_order(read_recipe(path).steps)
 
 

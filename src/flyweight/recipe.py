@@ -214,16 +214,33 @@ def check_order(steps: Sequence[StepSpec], packed: bool = False, sparse: str | N
                 "packed weights can be neither trained nor cut: make quantize the last step",
             )
         if isinstance(step.settings, PruneSettings):
-            cuts_columns = step.settings.target not in ("weights", "vocabulary")
-            if cuts_columns and sparse == "2:4":
-                raise StepError(
-                    f"{place} ({step.settings.target}) before pruning weights 2:4",
-                    "it afterwards",
-                    "cutting columns would break the groups of four: swap the two",
-                )
+            _check_zeros(step.settings, place, sparse)
             if step.settings.target == "weights":
                 sparse = step.settings.pattern
         packed = packed or step.name == "quantize"
+
+
+def _check_zeros(settings: PruneSettings, place: str, sparse: str | None) -> None:
+    """sparse: the pattern of the zeros that are there already, if there are any"""
+    cuts_columns = settings.target not in ("weights", "vocabulary")
+    if cuts_columns and sparse not in (None, "unstructured"):
+        fours = "four" if sparse == "2:4" else f"{sparse}"
+        raise StepError(
+            f"{place} ({settings.target}) before pruning weights {sparse}",
+            "it afterwards",
+            f"cutting columns would break the groups of {fours}: swap the two",
+        )
+    if (
+        cuts_columns
+        and sparse is not None
+        and (settings.restore in ("linear", "block") or settings.criterion == "hessian")
+    ):
+        what = "criterion hessian" if settings.criterion == "hessian" else f"restore {settings.restore}"
+        raise StepError(
+            f"{place} ({what}) before pruning weights",
+            "it afterwards",
+            "it would fill the zeros: swap the two, or set restore to masks or none with another criterion",
+        )
 
 
 def content_key(*parts: Any) -> str:

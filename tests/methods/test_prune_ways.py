@@ -13,6 +13,7 @@ from flyweight.data import Columns
 from flyweight.errors import StepError
 from flyweight.measure import costs as costing
 from flyweight.methods.prune import learned, masks, prune
+from flyweight.methods.prune.layers import greedy
 from flyweight.methods.prune.restore import texts
 from flyweight.methods.prune.scores import groups
 from flyweight.methods.prune.sparsegpt import sparsegpt
@@ -96,6 +97,51 @@ def test_tokens_go_and_the_step_gives_back_the_new_tokenizer(bundle, context):
     assert made.model.get_input_embeddings().weight.shape[0] == len(made.tokenizer)
     assert context.notes["tokens_after"] == len(made.tokenizer)
     json.dumps(context.notes)
+
+
+# layers
+
+
+def test_layers_by_how_far_they_turn_the_states(bundle, context):
+    """The third does nothing at all."""
+    silence(bundle.model.bert.encoder.layer[2])
+    before = predict(bundle, context.validation)
+    prune(bundle, PruneSettings(target="layers", amount=0.25, criterion="cosine", samples=16), context)
+    assert context.notes["removed"] == {"encoder": [2]}
+    assert context.notes["scores"]["encoder"][2] < 0.1 * min(context.notes["scores"]["encoder"][:2])
+    assert np.abs(predict(bundle, context.validation) - before).max() < 0.1
+    json.dumps(context.notes)
+
+
+def silence(block):
+    """What it adds to the residual stream is next to nothing, and its norms pass on what is normed already."""
+    with torch.no_grad():
+        for linear in (block.attention.output.dense, block.output.dense):
+            linear.weight.mul_(1e-4)
+            linear.bias.zero_()
+        for norm in (block.attention.output.LayerNorm, block.output.LayerNorm):
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_layers_by_what_is_lost_without_them(tiny, bundle, context, labels):
+    if not labels:
+        context.validation, context.train = None, examples(24, labels=False)
+    some = context.validation if labels else context.train
+    scores, order = greedy(open_bundle(tiny("bert", labels=LABELS)), some, 0.5)
+    prune(bundle, PruneSettings(target="layers", amount=0.5, criterion="loss"), context)
+    assert context.notes["removed"] == {"encoder": sorted(one.layer for one in order)}
+    assert [one["layer"] for one in context.notes["order"]] == [one.layer for one in order]
+    assert context.notes["scores"]["encoder"] == next(iter(scores.values())).tolist()
+    json.dumps(context.notes)
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "loss"])
+def test_layers_need_texts_to_look_at(bundle, context, criterion):
+    context.train = context.validation = None
+    with pytest.raises(StepError, match="texts to calibrate on, got none"):
+        prune(bundle, PruneSettings(target="layers", amount=0.5, criterion=criterion), context)
 
 
 # shapes learned in training

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from flyweight.context import Context
+from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.methods.prune import masks, structured
+from flyweight.methods.prune.layers import cosine, greedy
 from flyweight.methods.prune.learned import prune_by_gates
 from flyweight.methods.prune.parts import prune_parts, prune_while_training
-from flyweight.methods.prune.scores import groups, score
+from flyweight.methods.prune.restore import texts
+from flyweight.methods.prune.scores import groups, sample, score
 from flyweight.methods.prune.vocabulary import prune_vocabulary
 from flyweight.methods.prune.weights import prune_weights
 from flyweight.models import surgery
@@ -54,8 +57,29 @@ def _way(settings: PruneSettings) -> Callable[[Bundle, PruneSettings, Context], 
 def _layers(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
     assert settings.amount is not None
     structured.check(groups(bundle, "layers"), settings)
-    keep = structured.select(score(bundle, settings, context), settings.amount, settings.scope)
-    return structured.cut(bundle, "layers", keep)
+    notes: dict[str, Any] = {}
+    if settings.criterion == "cosine":
+        scores = cosine(bundle, texts(settings, context), context.progress)
+    elif settings.criterion == "loss":
+        some = _judged_on(settings, context)
+        scores, order = greedy(bundle, some, settings.amount, settings.scope, context.progress)
+        notes["order"] = [one._asdict() for one in order]
+    else:
+        scores = score(bundle, settings, context)
+    if settings.criterion != "random":
+        notes["scores"] = {str(group): [round(one, 6) for one in found.tolist()] for group, found in scores.items()}
+    keep = structured.select(scores, settings.amount, settings.scope)
+    return {**notes, **structured.cut(bundle, "layers", keep)}
+
+
+def _judged_on(settings: PruneSettings, context: Context) -> Examples:
+    """Examples that were not trained on, where there are any. Raises StepError for none."""
+    if context.validation is not None and len(context.validation):
+        return sample(context.validation, settings.samples, context.seed)
+    labelled = context.train is not None and context.train.labels is not None and context.task.labelled
+    if context.train is not None and labelled:
+        return sample(context.train, settings.samples, context.seed)
+    return texts(settings, context)
 
 
 def _rename_patterns(bundle: Bundle) -> None:
