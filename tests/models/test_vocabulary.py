@@ -15,13 +15,14 @@ import transformers
 from flyweight import artifact
 from flyweight.artifact import QuantizedTensor
 from flyweight.errors import StepError
+from flyweight.models.build import open_tokenizer
 from flyweight.models.bundle import Codes
 from flyweight.models.load import load
 from flyweight.models.storage import save
 from flyweight.models.vocabulary import always, keep_rows, keep_tokens, needs, table_name
 from flyweight.tasks import task_named
 from flyweight.training import predict
-from tiny import CLASSIFIERS, SENTENCES, config
+from tiny import CLASSIFIERS, SENTENCES, config, tokenizer
 from training_cases import open_bundle
 
 LABELS = ("negative", "positive")
@@ -216,6 +217,79 @@ def test_artifacts_load_in_a_fresh_process_with_and_without_flyweight(tiny, tmp_
         assert plain_ids == our_ids == ids
         assert np.array_equal(np.float32(ours), answers)
         np.testing.assert_allclose(plain, answers, atol=1e-5)
+
+
+def built(name):
+    """A tokenizer of a class of transformers that makes its parts anew wherever it is opened."""
+    source = json.loads(
+        tokenizer(
+            {"RobertaTokenizer": "roberta", "LlamaTokenizer": "llama"}.get(name, "bert")
+        ).backend_tokenizer.to_str()
+    )
+    vocab = source["model"]["vocab"]
+    if "merges" in source["model"]:
+        parts = {"vocab": vocab, "merges": [tuple(pair) for pair in source["model"]["merges"]]}
+    elif name in ("T5Tokenizer", "XLMRobertaTokenizer"):
+        special = ["<pad>", "</s>", "<unk>"] if name == "T5Tokenizer" else ["<s>", "<pad>", "</s>", "<unk>"]
+        words = [f"▁{word}" for word in vocab if not word.startswith(("[", "##")) and len(word) > 1]
+        scored = [(token, -float(place)) for place, token in enumerate([*words, *"▁abcdefghijklmnopqrstuvwxyz,"], 1)]
+        parts = {"vocab": [*((token, 0.0) for token in special), *scored]}
+    elif name == "MPNetTokenizer":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>"]
+        rest = [token for token in vocab if not token.startswith("[")]
+        parts = {"vocab": {token: i for i, token in enumerate([*special, *rest])}}
+    else:
+        parts = {"vocab": vocab}
+    made = getattr(transformers, name)(**parts, model_max_length=64)
+    if made.pad_token is None:
+        made.pad_token = "<pad>"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("BertTokenizer", "bert"),
+        ("MPNetTokenizer", "mpnet"),
+        ("RobertaTokenizer", "roberta"),
+        ("LlamaTokenizer", "llama"),
+        ("T5Tokenizer", "t5"),  # with its hundred <extra_id_0>, ...
+        ("XLMRobertaTokenizer", "roberta"),
+    ],
+)
+def test_classes_of_transformers_take_the_new_vocabulary(tmp_path, name, model_type):
+    made = built(name)
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        config(model_type, len(made), num_labels=2, pad_token_id=made.pad_token_id)
+    )
+    model.save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    bundle = load(tmp_path, task_named("text-classification"))
+    assert type(bundle.tokenizer).__name__ == name
+    old = bundle.encoder.examples(STAYS)
+    before = predict(bundle, old)
+    smaller, rows = keep_tokens(bundle, set(old.ids.tolist()))
+    new = smaller.encoder.examples(STAYS)
+    assert type(smaller.tokenizer).__name__ == name
+    assert len(rows) == len(smaller.tokenizer) < len(bundle.tokenizer)
+    assert np.array_equal(np.asarray(rows)[new.ids], old.ids)
+    assert np.array_equal(predict(smaller, new), before)
+    assert smaller.tokenizer.special_tokens_map == bundle.tokenizer.special_tokens_map
+
+
+def test_a_class_that_adds_tokens_of_its_own_is_refused(tiny, monkeypatch):
+    bundle = open_bundle(tiny("bert", labels=LABELS))
+    before = bundle.model.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
+
+    def opened(folder):
+        made = open_tokenizer(folder)
+        made.add_tokens(["mine"])
+        return made
+
+    monkeypatch.setattr("flyweight.models.vocabulary.open_tokenizer", opened)
+    with pytest.raises(StepError, match="expected a tokenizer that takes a vocabulary of 58 tokens, got .* makes 59"):
+        keep_tokens(bundle, ())
+    assert torch.equal(bundle.model.state_dict()["bert.embeddings.word_embeddings.weight"], before)
 
 
 def test_needs_and_always_of_a_bundle(tiny):

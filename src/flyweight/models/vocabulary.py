@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flyweight.errors import StepError
+from flyweight.golden import TEXTS
 from flyweight.models import surgery
 from flyweight.models.build import open_tokenizer, quiet
 from flyweight.models.bundle import Bundle
@@ -157,7 +158,7 @@ def _renumber(config: Any, new: dict[int, int]) -> None:
 
 def _content(bundle: Bundle) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(bundle.tokenizer.backend_tokenizer.to_str())
-    return found
+    return {**found, "truncation": None, "padding": None}  # of the last call, not the tokenizer's own
 
 
 def _reopened(bundle: Bundle, content: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -175,9 +176,11 @@ def _reopened(bundle: Bundle, content: dict[str, Any]) -> PreTrainedTokenizerFas
 
 def _check(tokenizer: PreTrainedTokenizerFast, content: dict[str, Any], tokens: int) -> None:
     """Some classes of transformers build their tokenizer anew, and may add tokens of their own. Raises StepError."""
-    wanted = Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+    made = Tokenizer.from_str(json.dumps(content))
+    wanted = made.get_vocab(with_added_tokens=True)
     got = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    if got != wanted or sorted(wanted.values()) != list(range(tokens)):
+    read, again = ([one.ids for one in by.encode_batch(TEXTS)] for by in (made, tokenizer.backend_tokenizer))
+    if got != wanted or sorted(wanted.values()) != list(range(tokens)) or read != again:
         raise StepError(
             f"a tokenizer that takes a vocabulary of {tokens} tokens",
             f"{type(tokenizer).__name__}, which makes {len(got)} of it",
