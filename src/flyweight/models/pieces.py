@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from flyweight.errors import StepError
 
-__all__ = ["Pieces", "pieces_of", "rewrite"]
+__all__ = ["Pieces", "fixed", "pieces_of", "rewrite"]
 
 Content = dict[str, Any]
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -55,6 +55,18 @@ def pieces_of(content: Content) -> Pieces:
     return KINDS[kind](model, special)
 
 
+def fixed(content: Content) -> set[int]:
+    """Ids that stay whatever a corpus says: what unknown words fall back on, added tokens, and what the post-processor writes."""
+    found = pieces_of(content).always | {token["id"] for token in content["added_tokens"]}
+
+    def seen(number: int) -> int:
+        found.add(number)
+        return number
+
+    _renumbered(content.get("post_processor"), seen)
+    return found
+
+
 def rewrite(content: Content, keep: Collection[int]) -> tuple[Content, list[int]]:
     """(tokenizer.json with the tokens `keep`, what they need and what always stays; [old id of every new id]).
 
@@ -64,7 +76,7 @@ def rewrite(content: Content, keep: Collection[int]) -> tuple[Content, list[int]
     pieces = pieces_of(content)
     added = {token["id"] for token in content["added_tokens"]}
     own = set(pieces.ids.values())
-    stay = set(keep) & own | pieces.always | added & own
+    stay = (set(keep) | fixed(content)) & own
     for number in tuple(stay):
         stay.update(pieces.needs(number))
     rows = [*sorted(stay), *pieces.missing.values(), *sorted(added - own)]
@@ -73,13 +85,13 @@ def rewrite(content: Content, keep: Collection[int]) -> tuple[Content, list[int]
     new |= {old: len(stay) + len(extra) + place for place, old in enumerate(sorted(added - own))}
     made = {**content, "model": pieces.write(new, extra)}
     made["added_tokens"] = [{**token, "id": new[token["id"]]} for token in content["added_tokens"]]
-    made["post_processor"] = _renumbered(content.get("post_processor"), new)
+    made["post_processor"] = _renumbered(content.get("post_processor"), new.__getitem__)
     if content.get("padding"):
         made["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
     return made, rows
 
 
-def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
+def _renumbered(processor: Any, new: Callable[[int], int]) -> Any:
     """Special tokens stand in post-processors with their ids."""
     if not isinstance(processor, dict):
         return processor
@@ -88,10 +100,10 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
         made["processors"] = [_renumbered(one, new) for one in made["processors"]]
     for name in ("sep", "cls"):
         if name in made:
-            made[name] = [made[name][0], new[made[name][1]]]
+            made[name] = [made[name][0], new(made[name][1])]
     if "special_tokens" in made:
         made["special_tokens"] = {
-            name: {**one, "ids": [new[number] for number in one["ids"]]} for name, one in made["special_tokens"].items()
+            name: {**one, "ids": [new(number) for number in one["ids"]]} for name, one in made["special_tokens"].items()
         }
     return made
 

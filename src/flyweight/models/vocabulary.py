@@ -19,7 +19,7 @@ from flyweight.golden import TEXTS
 from flyweight.models import surgery
 from flyweight.models.build import open_tokenizer, quiet
 from flyweight.models.bundle import Bundle
-from flyweight.models.pieces import pieces_of, rewrite
+from flyweight.models.pieces import fixed, pieces_of, rewrite
 
 __all__ = ["always", "keep_rows", "keep_tokens", "needs", "table_name"]
 
@@ -39,9 +39,7 @@ def always(bundle: Bundle) -> set[int]:
     Where positions are counted from the padding id (roberta, mpnet), that id must stay what it is, and so all below it.
     Raises StepError for a tokenizer that is neither WordPiece nor BPE nor Unigram.
     """
-    content = _content(bundle)
-    pieces = pieces_of(content)
-    found = pieces.always | {token["id"] for token in content["added_tokens"]} | {bundle.encoder.pad}
+    found = fixed(_content(bundle)) | {bundle.encoder.pad}
     found |= set(range(bundle.encoder.pad + 1)) if bundle.family.position_offset else set()
     found |= _named_ids(bundle.model)
     return found & set(bundle.encoder.tokenizer.get_vocab(with_added_tokens=True).values())
