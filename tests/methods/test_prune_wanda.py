@@ -17,14 +17,14 @@ Tiny = Callable[..., Path]
 
 
 def test_a_row_keeps_the_largest_products_of_weight_and_input() -> None:
-    """By hand: the largest weight reads the smallest input."""
+    """By hand: neither the weights nor the inputs alone, nor the squares of these, come in the order of the products."""
     weight = torch.tensor([[4.0, -1.0, 2.0, 0.5], [0.1, 0.1, -0.1, 0.1]])
-    norms = torch.tensor([0.1, 1.0, 3.0, 4.0])  # products .4 1 6 2 and .01 .1 .3 .4
-    assert kept(weight, norms, 0.5).tolist() == [[False, False, True, True]] * 2
-    assert kept(weight, norms, 0.25).tolist() == [[False, True, True, True]] * 2
-    assert kept(weight, norms, 0.75).tolist() == [[False, False, True, False], [False, False, False, True]]
-    assert kept(weight, norms, None, "1:2").tolist() == [[False, True, True, False], [False, True, False, True]]
-    assert kept(weight, norms, 3 / 8).tolist() == [[False, False, True, True], [False, True, True, True]]
+    norms = torch.tensor([0.5, 1.0, 0.9, 3.0])  # products 2 1 1.8 1.5 and .05 .1 .09 .3
+    assert kept(weight, norms, 0.5).tolist() == [[True, False, True, False], [False, True, False, True]]
+    assert kept(weight, norms, 0.25).tolist() == [[True, False, True, True], [False, True, True, True]]
+    assert kept(weight, norms, 0.75).tolist() == [[True, False, False, False], [False, False, False, True]]
+    assert kept(weight, norms, None, "1:2").tolist() == [[True, False, True, False], [False, True, False, True]]
+    assert kept(weight, norms, 3 / 8).tolist() == [[True, False, True, False], [False, True, True, True]]
 
 
 def test_what_is_zero_goes_first_even_beside_dead_inputs() -> None:
