@@ -223,6 +223,8 @@ def test_characters_that_only_longer_pieces_have_become_pieces():
     smaller, rows = cut(made, [6, 8, 9])
     assert rows == [0, 1, 2, 3, 4, 5, 6, 8, 9, 9]  # ##f begins as ##def, the shortest with an f
     assert smaller.encode("abcdef").tokens == ["ab", "##cd", "##e", "##f"]
+    made.add_tokens(["##f"])  # one that is an added token already is not added again
+    assert cut(made, [6, 8, 9])[1] == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
 
 
 def test_unigram_does_not_prefer_the_unknown():

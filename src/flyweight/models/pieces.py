@@ -128,7 +128,7 @@ def _wordpiece(model: Content, special: set[str]) -> Pieces:
     def write(new: Mapping[int, int], extra: Mapping[str, int]) -> Content:
         return {**model, "vocab": {**_numbered(ids, new), **extra}}
 
-    return Pieces(ids, always, _missing(ordinary, ids), lambda _: (), write)
+    return Pieces(ids, always, _missing(ordinary, ids.keys() | special, ids), lambda _: (), write)
 
 
 def _bpe(model: Content, special: set[str]) -> Pieces:
@@ -219,18 +219,18 @@ def _unigram(model: Content, special: set[str]) -> Pieces:
         kept += [[piece, score] for piece in extra]
         return {**model, "vocab": kept, "unk_id": None if unknown is None else new[unknown]}
 
-    return Pieces(ids, always, _missing(ordinary, ids), lambda _: (), write)
+    return Pieces(ids, always, _missing(ordinary, ids.keys() | special, ids), lambda _: (), write)
 
 
 KINDS: dict[str, Callable[[Content, set[str]], Pieces]] = {"WordPiece": _wordpiece, "BPE": _bpe, "Unigram": _unigram}
 
 
-def _missing(ordinary: Mapping[str, list[str]], ids: Mapping[str, int]) -> dict[str, int]:
+def _missing(ordinary: Mapping[str, list[str]], there: Collection[str], ids: Mapping[str, int]) -> dict[str, int]:
     """{character piece that is not there: id of the shortest token that has it inside}, in the order of the tokens."""
     found: dict[str, str] = {}
     for token, characters in ordinary.items():
         for one in characters:
-            if one not in ids and (one not in found or len(token) < len(found[one])):
+            if one not in there and (one not in found or len(token) < len(found[one])):
                 found[one] = token
     return {one: ids[token] for one, token in found.items()}
 
