@@ -114,6 +114,11 @@ class TeacherSettings(TrainSettings):
         """Whether the step learns from a teacher at all."""
         return True
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All that are named, `teacher` first."""
+        return (self.teacher,)
+
 
 class DistillSettings(TeacherSettings):
     """Train a student to answer as its teacher does (Hinton et al. 2015).
@@ -173,9 +178,13 @@ class DistillSettings(TeacherSettings):
             raise ValueError("top_k is for answers that are kept; with augment the teacher answers anew: leave out one")
         if self.top_k is not None and self.dist_weight + self.mse_weight > 0:
             raise ValueError("dist_weight and mse_weight need the answers for all classes: leave out top_k")
-        if self.teacher_weights and len(self.teacher_weights) != 1 + len(self.more_teachers):
-            raise ValueError(f"teacher_weights names one weight a teacher, {1 + len(self.more_teachers)} in all")
+        if self.teacher_weights and len(self.teacher_weights) != len(self.teachers):
+            raise ValueError(f"teacher_weights names one weight a teacher, {len(self.teachers)} in all")
         return self
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        return (self.teacher, *self.more_teachers)
 
 
 class PruneSettings(TeacherSettings):

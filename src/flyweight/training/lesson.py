@@ -22,7 +22,7 @@ from flyweight.training.distillation import Live, Terms
 from flyweight.training.imitation import imitation
 from flyweight.training.loop import TrainResult, train
 from flyweight.training.objective import Objective, keep_zeros
-from flyweight.training.pair import check_fit, check_length, check_width
+from flyweight.training.pair import check_fit, check_length, check_top, check_width
 from flyweight.training.predict import validation
 from flyweight.training.teacher import Top, answers, identity, top_answers
 
@@ -39,10 +39,9 @@ def open_teacher(settings: TeacherSettings, context: Context) -> Bundle:
     return teacher
 
 
-def open_teachers(settings: DistillSettings, context: Context) -> list[Bundle]:
+def open_teachers(settings: TeacherSettings, context: Context) -> list[Bundle]:
     """All teachers, `teacher` first. Raises as `open_teacher` does."""
-    named = (settings.teacher, *settings.more_teachers)
-    return [open_teacher(settings.model_copy(update={"teacher": name}), context) for name in named]
+    return [open_teacher(settings.model_copy(update={"teacher": name}), context) for name in settings.teachers]
 
 
 def texts(settings: TeacherSettings, context: Context) -> list[Examples]:
@@ -183,15 +182,3 @@ class Lesson:
                 what=what,
                 key=f"{key}{'' if held is None else held.content_hash()}",
             )
-
-
-def check_top(k: int | None, teacher: Bundle) -> None:
-    """Raises StepError for a top_k that the answers have not so many classes for."""
-    if k is None:
-        return
-    if teacher.labels is None:
-        raise StepError("a task with labels for top_k", f"'{teacher.task}'", "leave out top_k")
-    if k > len(teacher.labels):
-        raise StepError(
-            f"a top_k of at most the teacher's {len(teacher.labels)} classes", f"{k}", "lower it or leave it out"
-        )

@@ -10,7 +10,7 @@ from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.models.bundle import Bundle
 
-__all__ = ["check_fit", "check_length", "check_width", "layer_map"]
+__all__ = ["check_fit", "check_length", "check_top", "check_width", "layer_map"]
 
 
 def layer_map(given: str | Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
@@ -62,6 +62,18 @@ def check_width(student: int, teacher: int) -> None:
     if student != teacher:
         raise StepError(
             f"a student whose vectors have the teacher's width {teacher}", f"{student}", "choose another student"
+        )
+
+
+def check_top(k: int | None, teacher: Bundle) -> None:
+    """Raises StepError for a top_k that the answers have not so many classes for."""
+    if k is None:
+        return
+    if teacher.labels is None:
+        raise StepError("a task with labels for top_k", f"'{teacher.task}'", "leave out top_k")
+    if k > len(teacher.labels):
+        raise StepError(
+            f"a top_k of at most the teacher's {len(teacher.labels)} classes", f"{k}", "lower it or leave it out"
         )
 
 
