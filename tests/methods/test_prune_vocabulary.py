@@ -19,6 +19,7 @@ from flyweight.errors import DataError, SettingsError, StepError
 from flyweight.job import prepare
 from flyweight.methods.prune.vocabulary import kept_tokens, prune_vocabulary, used_tokens
 from flyweight.models.vocabulary import always
+from flyweight.plan import make_plan
 from flyweight.recipe import Recipe, StepSpec, read_recipe
 from flyweight.run import reopen
 from flyweight.runtime import open_model
@@ -265,19 +266,7 @@ def recipe(model, files, *steps, **given):
     return api.make_recipe(Recipe(model=str(model), steps=made), measure=measure, **given)
 
 
-@pytest.fixture
-def wired(monkeypatch):
-    """The step as `prune` calls it."""
-
-    def step(bundle, given, context):
-        made, notes = prune_vocabulary(bundle, given, context)
-        context.notes.update(notes)
-        return made
-
-    monkeypatch.setattr("flyweight.methods.prune.prune", step)
-
-
-def test_all_that_follows_reads_the_new_tokens(tiny, files, wired):
+def test_all_that_follows_reads_the_new_tokens(tiny, files):
     """finetune, prune, finetune, quantize with a gate: every answer in the record is one to the texts, not to old numbers."""
     steps = (
         ("finetune", QUICK),
@@ -308,7 +297,7 @@ def test_all_that_follows_reads_the_new_tokens(tiny, files, wired):
         assert model.encoder.tokenizer.get_vocab_size() == notes["tokens_after"]
 
 
-def test_vectors_are_held_against_the_reference_in_its_own_tokens(tiny, files, wired):
+def test_vectors_are_held_against_the_reference_in_its_own_tokens(tiny, files):
     """Without labels the reference's answers stand in for them: read with old numbers they would be those of other texts."""
     steps = (("prune", {"target": "vocabulary", "corpus": str(files.train)}),)
     manifest = api.run_recipe(recipe(tiny("bert"), files, *steps, task="embedding"), files.folder / "out")
@@ -333,6 +322,15 @@ def test_what_the_corpus_says_is_part_of_the_cached_prefix(tiny, files):
     write(one, ["plot"])
     again = prepare(keys[0].recipe)
     assert again.keys[2] != keys[0].keys[2]
+
+
+def test_a_plan_takes_the_blocks_for_whole(tiny, files):
+    rows = [
+        make_plan(prepare(recipe(tiny("bert"), files, ("finetune", QUICK), *more))).rows
+        for more in ((), (("prune", {"target": "vocabulary", "amount": 0.3}),))
+    ]
+    assert rows[1][1].what == "30% of vocabulary by magnitude"
+    assert rows[1][1].disk_bytes == rows[0][0].disk_bytes
 
 
 def test_recipes_with_a_vocabulary_step_are_refused_before_anything_runs(tiny, files):
