@@ -263,7 +263,7 @@ def check_vocabulary(recipe: Recipe) -> None:
     pruned = False
     for number, step in enumerate(recipe.steps):
         settings = step.settings
-        taught = isinstance(settings, TeacherSettings) and settings.taught and settings.teacher == "reference"
+        taught = isinstance(settings, TeacherSettings) and settings.taught and "reference" in settings.teachers
         if pruned and taught:
             raise StepError(
                 f"steps[{number}] {step.name} before the vocabulary is pruned",
