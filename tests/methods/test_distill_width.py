@@ -257,6 +257,15 @@ def test_what_is_narrow_is_stored_and_loads_again(tiny: Callable[..., Path], tmp
     np.testing.assert_array_equal(predict(again, data), predict(found, data))
 
 
+def test_tables_as_wide_as_the_stream_become_narrower_with_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    school = School(tiny("electra", labels=LABELS, embedding_size=32), tmp_path)
+    data = cases.examples(20, seed=4)
+    whole, half = (narrow(school.bundle(), size, school) for size in (32, 16))
+    np.testing.assert_allclose(predict(whole, data), predict(school.bundle(), data), atol=2e-5)
+    assert half.model.config.embedding_size == half.model.electra.embeddings.word_embeddings.embedding_dim == 16
+    assert predict(half, data).shape == (20, 2)
+
+
 def test_width_and_layers_in_one_step_with_maps_from_the_basis(tiny: Callable[..., Path], tmp_path: Path) -> None:
     school = School(tiny("bert", labels=LABELS), tmp_path)
     changes = {"width": 16, "hidden_weight": 0.5, "epochs": 3.0, "control": True, "relation_weight": 0.1}

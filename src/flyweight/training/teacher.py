@@ -24,7 +24,7 @@ from flyweight.training.objective import answer
 from flyweight.training.predict import outputs, predict
 from flyweight.training.watch import tap
 
-__all__ = ["Top", "answers", "hidden", "identity", "tap", "top", "top_answers"]
+__all__ = ["Top", "answers", "identity", "tap", "top", "top_answers"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,3 @@ def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | N
         progress.note(f"{path} holds something else: asking the teacher again")
         return None
     return found
-
-
-def hidden(found: dict[int, Tensor], layers: Sequence[int]) -> list[Tensor]:
-    return [found[number] for number in layers]
