@@ -16,6 +16,7 @@ from flyweight.hessian import Moments, inverse, relative
 from flyweight.methods.prune import structured
 from flyweight.methods.prune.obs import (
     COLUMNS,
+    Ordered,
     _Left,
     make_up,
     observed,
@@ -198,6 +199,8 @@ def test_scores_follow_the_order() -> None:
     scores = score_of(found, 9)
     assert scores.argsort(stable=True).tolist()[:7] == found.order
     assert torch.isinf(scores).sum() == 2
+    assert scores[found.order].tolist() == pytest.approx(found.errors[1:])
+    assert score_of(Ordered([2, 0, 1], [0.0, 0.0, 0.3, 0.2]), 4).argsort().tolist() == [2, 0, 1, 3]
     group = Group("encoder", 0)
     for share in (0.2, 0.5, 0.7):
         stay = structured.select({group: scores}, share, "layer")[group]

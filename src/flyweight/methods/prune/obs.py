@@ -7,7 +7,7 @@ P = H^-1 over the columns that are left, the group S goes that costs least (ZipL
 
 This is exact: after any number of removals W is the best weight there is for the columns left (`restored`), the next group is
 the one whose going then costs least. One column after another is slow only in how P and W are written back, so this is done
-for many removals at once; until then their low-rank terms are added where a number is needed (about 64 columns' worth).
+for many removals at once; until then their low-rank terms are added where a number is needed (`COLUMNS`).
 
 Where a linear has a bias, the bias takes the mean error, and the covariance of the inputs stands for their Gram matrix.
 """
@@ -31,7 +31,7 @@ from flyweight.models.bundle import Bundle
 
 __all__ = ["Ordered", "Seen", "columns_of", "make_up", "observed", "ordered", "restored", "score_of", "seen", "shifted"]
 
-COLUMNS = 64
+COLUMNS = 128
 """Columns that go before W and P are written anew."""
 
 
@@ -92,22 +92,22 @@ class _Left:
         alive = torch.ones(u, dtype=torch.bool, device=self.units.device)
         columns = self.inverse.new_zeros(u * s, number * s)  # C: P - C C^T is what is left of P
         losses = self.weights.new_zeros(self.weights.shape[1], number * s)  # A: W - A C^T is what is left of W
-        gone = []
+        nows, gone = torch.empty_like(columns), []
         for step in range(number):
             unit = int(torch.where(alive, _costs(norms, blocks), torch.inf).argmin())
-            done = slice(0, step * s), slice(step * s, (step + 1) * s)
-            column, loss = self._terms(unit, columns[:, done[0]], losses[:, done[0]])
+            done, here = slice(0, step * s), slice(step * s, (step + 1) * s)
+            column, loss = self._terms(unit, columns[:, done], losses[:, done])
             column.view(u, s, s)[~alive] = 0
-            now = self.weights @ loss - columns[:, done[0]] @ (losses[:, done[0]].t() @ loss)  # [n, s]: W^T times loss
-            self._count(column, loss, now)
+            now = self.weights @ loss - columns[:, done] @ (losses[:, done].t() @ loss)  # [n, s]: W^T times the loss
             each, crossed = column.view(u, s, s), now.view(u, s, s) @ column.view(u, s, s).mT
             norms += each @ (loss.t() @ loss) @ each.mT - crossed - crossed.mT
             blocks -= each @ each.mT
-            columns[:, done[1]], losses[:, done[1]] = column, loss
+            columns[:, here], losses[:, here], nows[:, here] = column, loss, now
             alive[unit], blocks[unit] = False, torch.eye(s, dtype=blocks.dtype, device=blocks.device)
-            gone.append((int(self.units[unit]), self.cost - self.damped))
+            gone.append(int(self.units[unit]))
+        lost = self._counted(columns, losses, nows)
         self._write_back(columns, losses, alive)
-        return gone
+        return list(zip(gone, lost, strict=True))
 
     def _terms(self, unit: int, columns: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """(P_:S L^-T [n, s], W_S L^-T [out, s]) with P_SS = L L^T, as P and W stand after the removals so far."""
@@ -118,16 +118,21 @@ class _Left:
         pair = torch.linalg.solve_triangular(lower.t(), torch.cat([column, loss]), upper=True, left=False)
         return pair[: len(column)], pair[len(column) :]
 
-    def _count(self, column: Tensor, loss: Tensor, now: Tensor) -> None:
-        """D becomes D - loss column^T: what that costs, and how much of it is only the damping's."""
-        own = loss.t() @ loss
-        self.cost += float(own.trace())
-        change = ((column @ own - 2 * (now - self.floats @ loss)) * column).sum(1)
-        self.damped += float(self.ridge @ change)
+    def _counted(self, columns: Tensor, losses: Tensor, nows: Tensor) -> list[float]:
+        """Lost in all after each step, in which D became D - loss column^T, less what is only the damping's."""
+        found, steps = [], range(0, columns.shape[1], self.size)
+        moved = nows - self.floats @ losses  # D^T times the loss
+        for here in (slice(start, start + self.size) for start in steps):
+            column, own = columns[:, here], losses[:, here].t() @ losses[:, here]
+            self.cost += float(own.trace())
+            self.damped += float(self.ridge @ ((column @ own - 2 * moved[:, here]) * column).sum(1))
+            found.append(self.cost - self.damped)
+        return found
 
     def _write_back(self, columns: Tensor, losses: Tensor, alive: Tensor) -> None:
-        stay = alive.repeat_interleave(self.size)
-        self.inverse = self.inverse.addmm_(columns, columns.t(), alpha=-1)[stay][:, stay]
+        stay = alive.repeat_interleave(self.size).nonzero()[:, 0]
+        self.inverse.addmm_(columns, columns.t(), alpha=-1)
+        self.inverse = self.inverse.index_select(0, stay).index_select(1, stay)
         self.weights = self.weights.addmm_(columns, losses.t(), alpha=-1)[stay]
         self.floats, self.ridge, self.units = self.floats[stay], self.ridge[stay], self.units[alive]
 
@@ -193,9 +198,10 @@ def observed(
 
 
 def score_of(found: Ordered, units: int) -> Tensor:
-    """[units] float32: the relative error after a unit went, which never falls in the order; without bound where it stays."""
-    scores = torch.full((units,), torch.inf)
-    scores[found.order] = torch.tensor(found.errors[1:]).cummax(0).values
+    """[units] float64: the relative error after a unit went, rising in the order; without bound where it stays."""
+    scores = torch.full((units,), torch.inf, dtype=torch.float64)
+    errors = torch.tensor(found.errors[1:], dtype=torch.float64).cummax(0).values
+    scores[found.order] = errors + 1e-12 * torch.arange(len(errors))  # no two alike: whoever sorts them finds the order
     return scores
 
 
