@@ -112,6 +112,65 @@ def test_dead_inputs_get_nothing_and_bad_ones_are_named():
             solve(gathered(reads, some(20, 2), False))
 
 
+def test_damping_is_that_which_leaves_least_to_texts_held_back():
+    """What holds beyond the texts is learned with little damping, what does not with more, and noise not at all."""
+    reads, real = some(60, 30), some(30, 4, seed=1)
+    far = some(500, 30, seed=2)
+    noise, other = some(60, 4, seed=3), some(500, 4, seed=4)
+
+    def best(share):
+        used, judge = (
+            gathered(reads, reads @ real + share * noise, False),
+            gathered(far, far @ real + share * other, False),
+        )
+        errors = [judge.left(refitted(used, 0.01 * restoring.STEP**n, "x")) for n in range(restoring.MORE)]
+        found = restoring._best(refitted, used, judge, 0.01, "x")
+        assert judge.left(found) == pytest.approx(min(*errors, judge.squares))
+        return errors.index(min(errors))
+
+    assert best(0.01) == 0
+    assert [best(share) for share in (1.5, 3.0, 6.0)] == [1, 2, 3]
+    used, judge = gathered(reads, noise, False), gathered(far, other, False)
+    assert not restoring._best(refitted, used, judge, 0.01, "x").any()
+    assert torch.equal(restoring._best(refitted, used, used, 0.01, "x"), refitted(used, 0.01, "x"))
+
+
+def test_an_eighth_of_the_texts_is_held_back_where_there_are_enough():
+    sizes = [16, 16, 3, 16, 9, 1, 16, 16, 2, 16, 16]
+    batches = [torch.zeros(size, 2) for size in sizes]
+    held = restoring.held_back(batches, 0)
+    assert held == restoring.held_back(batches, 0)
+    assert len({tuple(restoring.held_back(batches, seed)) for seed in range(9)}) > 2
+    for seed in range(9):
+        count = sum(sizes[batch] for batch in restoring.held_back(batches, seed))
+        assert sum(sizes) / 8 <= count < sum(sizes) / 8 + 16
+    assert restoring.held_back(batches[:5], 0) == [0, 1, 2, 3, 4]
+    assert restoring.held_back([torch.zeros(100, 2)], 0) == [0]
+    assert len(restoring.held_back([torch.zeros(100, 2), torch.zeros(100, 2)], 0)) == 1
+
+
+@pytest.mark.parametrize("way", ["masks", "linear", "block"])
+def test_of_many_texts_some_are_held_back_and_judge(tiny, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(rebuilding, "STEPS", 16)
+    monkeypatch.setattr(restoring, "FEW", 8)
+    dense = open_bundle(tiny("mpnet"), task="embedding")
+    given = context(tmp_path, dense)
+    bundle = cut_of(dense)
+    told = restore(bundle, dense, settings(restore=way, damping=0.01), given)
+    order = restoring.texts(settings(), given)
+    for block, whole in zip(walk(bundle, order), walk(dense, order), strict=True):
+        held = restoring.held_back(whole.inputs, 3)
+        assert len(held) < len(whole.inputs)
+        with torch.no_grad():
+            pairs = [(block.run(i), whole.run(i)) for i in held]
+        lost, power = (
+            sum(float(x.square().sum()) for x in xs) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
+        )
+        assert list(told[block.name].values())[-1] == pytest.approx((lost / power) ** 0.5, rel=1e-3)
+        steps = list(told[block.name].values())
+        assert steps == sorted(steps, reverse=True)
+
+
 # the walk
 
 

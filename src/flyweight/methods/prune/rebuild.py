@@ -1,13 +1,13 @@
 """Training one block by itself to answer as the dense one: all its weights, without labels and without the rest of the model.
 
 The loss is the mean squared difference to what the dense block answers in the dense model, on the inputs that the blocks before
-give now; Adam, the rate falls linearly to 0. An eighth of the batches is held back: of the start and what is looked at on the
-way, the weights that are best on these are kept, so no block ends worse there than it began.
+give now; Adam, the rate falls linearly to 0. Of the start and what is looked at on the way, the weights are kept that are best on
+the texts that were held back, so no block ends worse there than it began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,26 +23,27 @@ if TYPE_CHECKING:
 __all__ = ["block_error", "rebuild"]
 
 STEPS, RATE, TEXTS, LOOKS = 400, 1e-4, 16, 8
-"""Steps and the rate at their beginning; texts a step, at least; times that the held-back batches are looked at."""
-HELD_BACK = 8
-"""One batch of so many."""
+"""Steps and the rate at their beginning; texts a step, at least; times that what was held back is looked at."""
 
 
-def rebuild(block: Block, wanted: Sequence[Tensor], settings: PruneSettings, context: Context) -> None:
+def rebuild(
+    block: Block, wanted: Sequence[Tensor], held: Sequence[int], settings: PruneSettings, context: Context
+) -> None:
     """Train the block in place. What it learned is kept below `context.work`: a killed run goes on after the last block.
 
-    wanted: what the dense block answers, [texts, tokens, width], one tensor a batch. Raises StorageError.
+    wanted: what the dense block answers, [texts, tokens, width], one tensor a batch; held: batches that are held back (all: what
+    is learned from is judged by as well). Raises StorageError.
     """
     tables = {
         id(table.weight) for table in block.module.modules() if isinstance(table, nn.Embedding)
     }  # other blocks' too
     trained = {name: one for name, one in block.module.named_parameters() if id(one) not in tables}
     state = {name: one.detach() for name, one in trained.items()}
-    about = (settings.model_dump(mode="json"), context.seed, state, block.inputs, list(wanted))
+    about = (settings.model_dump(mode="json"), context.seed, state, block.inputs, list(wanted), list(held))
     folder, key = context.work / "rebuild" / block.name, checkpoint.content_hash("rebuild", *about)
     kept = checkpoint.load(folder, key, context.progress.note)
     if kept is None:
-        best = _trained(block, wanted, trained, torch.Generator().manual_seed(context.seed + block.number))
+        best = _trained(block, wanted, held, trained, torch.Generator().manual_seed(context.seed + block.number))
         checkpoint.save(folder, {"key": key, "weights": {name: one.cpu() for name, one in best.items()}})
     else:
         best = kept["weights"]
@@ -52,11 +53,13 @@ def rebuild(block: Block, wanted: Sequence[Tensor], settings: PruneSettings, con
 
 
 def _trained(
-    block: Block, wanted: Sequence[Tensor], trained: dict[str, nn.Parameter], chance: torch.Generator
+    block: Block,
+    wanted: Sequence[Tensor],
+    held: Sequence[int],
+    trained: dict[str, nn.Parameter],
+    chance: torch.Generator,
 ) -> dict[str, Tensor]:
-    order = torch.randperm(len(wanted), generator=chance).tolist()
-    held = order[: len(order) // HELD_BACK] or order
-    used = order[len(order) // HELD_BACK :]
+    used = [batch for batch in range(len(wanted)) if batch not in held] or list(held)
     best, least = _copy(trained), _error(block, wanted, held)
     required = {name: one.requires_grad for name, one in block.module.named_parameters()}
     for name, one in block.module.named_parameters():
@@ -70,7 +73,7 @@ def _trained(
             some = [used[place] for place in _draw(sizes, chance)]
             count = sum(wanted[batch].numel() for batch in some)
             for batch in some:
-                ((block.run(batch) - wanted[batch]).square().sum() / count).backward()
+                torch.autograd.backward((block.run(batch) - wanted[batch]).square().sum() / count)
             adam.step()
             falling.step()
             if step % (STEPS // LOOKS) == 0 and (now := _error(block, wanted, held)) < least:
@@ -86,15 +89,16 @@ def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: one.detach().clone() for name, one in trained.items()}
 
 
-def block_error(found: Iterable[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Mean squared difference of what a block answers, batch by batch."""
-    total = sum(float((one - other).double().square().sum()) for one, other in zip(found, wanted, strict=True))
-    return total / sum(one.numel() for one in wanted)
+def block_error(found: Sequence[Tensor], wanted: Sequence[Tensor], batches: Sequence[int]) -> float:
+    """Mean squared difference of what a block answers, over these batches."""
+    total = sum(float((found[batch] - wanted[batch]).double().square().sum()) for batch in batches)
+    return total / sum(wanted[batch].numel() for batch in batches)
 
 
 @torch.no_grad()
 def _error(block: Block, wanted: Sequence[Tensor], batches: Sequence[int]) -> float:
-    return block_error((block.run(batch) for batch in batches), [wanted[batch] for batch in batches])
+    total = sum(float((block.run(batch) - wanted[batch]).double().square().sum()) for batch in batches)
+    return total / sum(wanted[batch].numel() for batch in batches)
 
 
 def _draw(sizes: Tensor, chance: torch.Generator) -> list[int]:

@@ -3,7 +3,10 @@
 A cut model and the dense one that it was cut from are walked side by side. In each block the linears that read heads or neurons,
 in order of execution, are fitted so that the sum which each adds to, its output plus the residual stream, is nearest to the
 dense model's: `refit` has the formulas. Inputs are those that the changed blocks before give, so that each block also makes up
-for what these have lost. A block that answers worse for it than without is left as it was.
+for what these have lost.
+
+An eighth of the texts is held back. How much is damped is chosen by them, linear by linear, and a block that answers worse to
+them than without is left as it was: a linear has thousands of inputs, and a few hundred texts can be learned by heart.
 
 Two passes over each dense block and, with heads and neurons, three over each cut one; held are both models, of one block the
 inputs, the outputs and the sums of the dense model, [texts, tokens, width] each, and one linear's gram matrix.
@@ -11,7 +14,7 @@ inputs, the outputs and the sums of the dense model, [texts, tokens, width] each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +34,12 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
     from flyweight.settings import PruneSettings
 
-__all__ = ["Seen", "restore", "texts", "watched"]
+__all__ = ["Seen", "held_back", "restore", "texts", "watched"]
+
+FEW, HELD_BACK = 64, 8
+"""Fewer texts than this are all learned from; of more, one in so many is held back."""
+MORE, STEP = 4, 4.0
+"""So many dampings are tried, each so many times the one before."""
 
 
 def texts(settings: PruneSettings, context: Context) -> Examples:
@@ -46,8 +54,8 @@ def restore(bundle: Bundle, dense: Bundle, settings: PruneSettings, context: Con
     """Change what is left of `bundle` so that it answers as `dense`, of which it was cut; see `settings.restore`.
 
     Returns {block: {"without": ..., "linear" or "masks": ..., "block": ...}}, the relative error of the block's output against
-    the dense model's: the root of the squared error over the squared output. Raises StepError without texts or for activations
-    that are no numbers, StorageError.
+    the dense model's, on the texts that were held back: the root of the squared error over the squared output. Raises StepError
+    without texts or for activations that are no numbers, StorageError.
     """
     some = texts(settings, context)
     told = {}
@@ -63,28 +71,74 @@ def _restored(
     """Errors of one block's output before and after."""
     wanted, sums = _answers(whole, _readers(dense, whole, settings.target), dense)
     whole.outputs = wanted
+    held = held_back(wanted, context.seed)
     linears = _readers(bundle, block, settings.target)
     before = {group: _values(linear) for group, (linear, _) in linears.items()}
     way = "masks" if settings.restore == "masks" else "linear"
     errors: dict[str, float] = {}
     for group, (linear, size) in linears.items():
-        lack, error = _lack(block, bundle, linears, group, sums.pop(group), wanted)
-        errors.setdefault("without", error)
-        name = f"{block.name}: {group}"
-        if way == "masks":
-            _scale(linear, factors(lack, surgery.weight_2d(linear).detach(), size, settings.damping, name), size)
-        else:
-            _shift(linear, refitted(lack, settings.damping, name))
-    block.outputs, errors[way] = _outputs(block, wanted)
+        used, judge, outputs = _lack(block, bundle, linears, group, sums.pop(group), held)
+        errors.setdefault("without", block_error(outputs, wanted, held))
+        solve = _masks(linear, size) if way == "masks" else refitted
+        _add(linear, _best(solve, used, judge, settings.damping, f"{block.name}: {group}"))
+    block.outputs = _outputs(block)
+    errors[way] = block_error(block.outputs, wanted, held)
     if errors[way] > errors["without"]:
         for group, (linear, _) in linears.items():
             _put(linear, before[group])
-        block.outputs, errors[way] = _outputs(block, wanted)
+        block.outputs, errors[way] = _outputs(block), errors["without"]
     if settings.restore == "block":
-        rebuild(block, wanted, settings, context)
-        block.outputs, errors["block"] = _outputs(block, wanted)
-    power = sum(float(one.double().square().sum()) for one in wanted) / sum(one.numel() for one in wanted)
+        rebuild(block, wanted, held, settings, context)
+        block.outputs = _outputs(block)
+        errors["block"] = block_error(block.outputs, wanted, held)
+    power = block_error([torch.zeros_like(one) for one in wanted], wanted, held)
     return {name: round((error / max(power, 1e-30)) ** 0.5, 6) for name, error in errors.items()}
+
+
+def held_back(batches: Sequence[Tensor], seed: int) -> list[int]:
+    """Batches of an eighth of the texts, by the seed; all of them where there are few texts.
+
+    batches: anything of these batches, [texts, ...] each
+    """
+    texts = sum(len(one) for one in batches)
+    if texts < FEW or len(batches) < 2:
+        return list(range(len(batches)))
+    found: list[int] = []
+    for batch in torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()[:-1]:
+        found.append(batch)
+        if sum(len(batches[one]) for one in found) >= texts / HELD_BACK:
+            break
+    return sorted(found)
+
+
+Solve = Callable[[Lack, float, str], Tensor]
+"""(what a linear's sum lacks, damping, the linear's name) -> what to add to its weights and bias, [out, in]"""
+
+
+def _best(solve: Solve, used: Lack, judge: Lack, damping: float, name: str) -> Tensor:
+    """With the damping, or several times as much, that leaves least to the texts that were held back."""
+    best = torch.zeros_like(judge.cross)
+    least = judge.squares
+    for number in range(MORE):
+        change = solve(used, damping * STEP**number, name)
+        left = judge.left(change)
+        if left >= least and number:
+            break
+        if left < least:
+            best, least = change, left
+    return best
+
+
+def _masks(linear: nn.Module, size: int) -> Solve:
+    weight = surgery.weight_2d(linear).detach().double()
+
+    def solve(lack: Lack, damping: float, name: str) -> Tensor:
+        by = factors(lack, weight, size, damping, name).repeat_interleave(size)
+        change = torch.zeros_like(lack.cross)
+        change[:, : len(by)] = weight * (by - 1)
+        return change
+
+    return solve
 
 
 def _readers(bundle: Bundle, block: Block, target: str) -> dict[Group, tuple[nn.Module, int]]:
@@ -165,34 +219,28 @@ def _lack(
     linears: Mapping[Group, tuple[nn.Module, int]],
     group: Group,
     sums: list[Tensor],
-    wanted: list[Tensor],
-) -> tuple[Lack, float]:
-    """(what one linear's sum lacks, mean squared error of the block's output), by the block as it stands now."""
+    held: Sequence[int],
+) -> tuple[Lack, Lack, list[Tensor]]:
+    """(what one linear's sum lacks on the texts to learn from, on those held back, what the block answers as it stands now)."""
     linear = linears[group][0]
-    lack = Lack.none(surgery.weight_2d(linear), linear.bias is not None)
-    total = 0.0
+    used, judge = (Lack.none(surgery.weight_2d(linear), linear.bias is not None) for _ in range(2))
+    outputs = []
     with watched(block, linears, bundle) as run:
         for batch, dense in enumerate(sums):
             seen = run(batch)
+            lack = judge if batch in held else used
             lack.add(seen.reads[group].float(), (dense - seen.sums[group]).float())
-            total += float((seen.output - wanted[batch]).double().square().sum())
-    return lack, total / sum(one.numel() for one in wanted)
+            outputs.append(seen.output)
+    return (judge if len(held) == len(sums) else used), judge, outputs
 
 
-def _outputs(block: Block, wanted: list[Tensor]) -> tuple[list[Tensor], float]:
+def _outputs(block: Block) -> list[Tensor]:
     with torch.no_grad():
-        found = [block.run(batch) for batch in range(len(block.inputs))]
-    return found, block_error(found, wanted)
+        return [block.run(batch) for batch in range(len(block.inputs))]
 
 
 @torch.no_grad()
-def _scale(linear: nn.Module, by: Tensor, size: int) -> None:
-    weight = surgery.weight_2d(linear)
-    weight.mul_(by.to(weight.dtype).repeat_interleave(size))
-
-
-@torch.no_grad()
-def _shift(linear: nn.Module, change: Tensor) -> None:
+def _add(linear: nn.Module, change: Tensor) -> None:
     weight, bias = surgery.weight_2d(linear), linear.bias
     weight.add_(change[:, : weight.shape[1]].to(weight.dtype))
     if isinstance(bias, Tensor):
