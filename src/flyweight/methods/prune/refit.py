@@ -25,13 +25,13 @@ class Lack:
 
     gram:    sum of z z^T, [in, in] float64
     cross:   sum of e z^T, [out, in] float64
-    squares: sum of |e|^2
+    squares: sum of e^2, [out] float64
     biased:  whether the last entry of z is a one
     """
 
     gram: Tensor
     cross: Tensor
-    squares: float
+    squares: Tensor
     biased: bool
 
     @classmethod
@@ -40,7 +40,7 @@ class Lack:
         out, inputs = weight.shape
         size = inputs + biased
         sums = torch.zeros(size + out, size, dtype=torch.float64, device=weight.device)
-        return cls(sums[:size], sums[size:], 0.0, biased)
+        return cls(sums[:size], sums[size:], sums.new_zeros(out), biased)
 
     def add(self, reads: Tensor, lacks: Tensor) -> None:
         """reads: [tokens, in without the one]; lacks: [tokens, out]. Products are float32, their sums float64."""
@@ -48,11 +48,11 @@ class Lack:
             reads = torch.cat([reads, torch.ones_like(reads[:, :1])], dim=1)
         self.gram += reads.t() @ reads
         self.cross += lacks.t() @ reads
-        self.squares += float(lacks.double().square().sum())
+        self.squares += lacks.double().square().sum(0)
 
-    def left(self, change: Tensor) -> float:
-        """Sum of |e - change z|^2; change: [out, in]."""
-        return self.squares + float(((change @ self.gram - 2 * self.cross) * change).sum())
+    def left(self, change: Tensor) -> Tensor:
+        """Sum of (e - change z)^2, [out]; change: [out, in]."""
+        return self.squares + ((change @ self.gram - 2 * self.cross) * change).sum(1)
 
 
 def refitted(lack: Lack, damping: float, name: str) -> Tensor:

@@ -79,8 +79,9 @@ def _restored(
     for group, (linear, size) in linears.items():
         used, judge, outputs = _lack(block, bundle, linears, group, sums.pop(group), held)
         errors.setdefault("without", block_error(outputs, wanted, held))
-        solve = _masks(linear, size) if way == "masks" else refitted
-        _add(linear, _best(solve, used, judge, settings.damping, f"{block.name}: {group}"))
+        together = way == "masks"
+        solve = _masks(linear, size) if together else refitted
+        _add(linear, _best(solve, used, judge, settings.damping, f"{block.name}: {group}", together))
     block.outputs = _outputs(block)
     errors[way] = block_error(block.outputs, wanted, held)
     if errors[way] > errors["without"]:
@@ -115,17 +116,19 @@ Solve = Callable[[Lack, float, str], Tensor]
 """(what a linear's sum lacks, damping, the linear's name) -> what to add to its weights and bias, [out, in]"""
 
 
-def _best(solve: Solve, used: Lack, judge: Lack, damping: float, name: str) -> Tensor:
-    """With the damping, or several times as much, that leaves least to the texts that were held back."""
-    best = torch.zeros_like(judge.cross)
-    least = judge.squares
+def _best(solve: Solve, used: Lack, judge: Lack, damping: float, name: str, together: bool = False) -> Tensor:
+    """With the damping, or several times as much, or nothing at all, whichever leaves least to the texts that were held back.
+
+    Each output of a linear has its own least squares and may have its own damping; together: one for all
+    """
+    best, least = torch.zeros_like(judge.cross), judge.squares.clone()
     for number in range(MORE):
         change = solve(used, damping * STEP**number, name)
         left = judge.left(change)
-        if left >= least and number:
-            break
-        if left < least:
-            best, least = change, left
+        better = left < least
+        if together:
+            better = (left.sum() < least.sum()).expand_as(better)
+        best[better], least[better] = change[better], left[better]
     return best
 
 
