@@ -129,6 +129,7 @@ def test_best_of_some_columns_is_least_squares_and_of_all_is_the_weight() -> Non
     torch.testing.assert_close(best_of(weight, gram, keep, 1e-12, "x"), least)
     torch.testing.assert_close(best_of(weight, gram, list(range(7)), 10.0, "x"), weight)
     assert best_of(weight.float(), gram, keep, 0.01, "x").dtype == torch.float32
+    assert best_of(weight, gram, [], 0.01, "x").shape == (3, 0)
 
 
 def test_singular_hessians_and_dead_inputs_have_an_answer() -> None:

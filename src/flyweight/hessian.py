@@ -186,7 +186,7 @@ def best_of(weight: Tensor, gram: Tensor, columns: Sequence[int], damping: float
     weight: [out, in]; gram: [in, in] float64, damped by a share of its mean diagonal, which draws the weights to those that they
     were. Raises StepError naming the layer as `factor`.
     """
-    stay = torch.as_tensor(columns, device=gram.device)
+    stay = torch.as_tensor(columns, dtype=torch.long, device=gram.device)
 
     def solved(share: float) -> Tensor | None:
         rows = damped(gram, share)[stay]
