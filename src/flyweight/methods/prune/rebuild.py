@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flyweight.context import Context
     from flyweight.settings import PruneSettings
 
-__all__ = ["block_error", "rebuild"]
+__all__ = ["block_error", "error_on", "rebuild"]
 
 STEPS, RATE, TEXTS, LOOKS = 400, 1e-4, 16, 8
 """Steps and the rate at their beginning; texts a step, at least; times that what was held back is looked at."""
@@ -60,7 +60,7 @@ def _trained(
     chance: torch.Generator,
 ) -> dict[str, Tensor]:
     used = [batch for batch in range(len(wanted)) if batch not in held] or list(held)
-    best, least = _copy(trained), _error(block, wanted, held)
+    best, least = _copy(trained), error_on(block, wanted, held)
     required = {name: one.requires_grad for name, one in block.module.named_parameters()}
     for name, one in block.module.named_parameters():
         one.requires_grad_(name in trained)
@@ -76,7 +76,7 @@ def _trained(
                 torch.autograd.backward((block.run(batch) - wanted[batch]).square().sum() / count)
             adam.step()
             falling.step()
-            if step % (STEPS // LOOKS) == 0 and (now := _error(block, wanted, held)) < least:
+            if step % (STEPS // LOOKS) == 0 and (now := error_on(block, wanted, held)) < least:
                 best, least = _copy(trained), now
     finally:
         for name, one in block.module.named_parameters():
@@ -96,7 +96,8 @@ def block_error(found: Sequence[Tensor], wanted: Sequence[Tensor], batches: Sequ
 
 
 @torch.no_grad()
-def _error(block: Block, wanted: Sequence[Tensor], batches: Sequence[int]) -> float:
+def error_on(block: Block, wanted: Sequence[Tensor], batches: Sequence[int]) -> float:
+    """The same of the block as it stands now."""
     total = sum(float((block.run(batch) - wanted[batch]).double().square().sum()) for batch in batches)
     return total / sum(wanted[batch].numel() for batch in batches)
 

@@ -42,10 +42,15 @@ class Lack:
         sums = torch.zeros(size + out, size, dtype=torch.float64, device=weight.device)
         return cls(sums[:size], sums[size:], sums.new_zeros(out), biased)
 
-    def add(self, reads: Tensor, lacks: Tensor) -> None:
-        """reads: [tokens, in without the one]; lacks: [tokens, out]. Products are float32, their sums float64."""
+    def add(self, reads: Tensor, lacks: Tensor, weights: Tensor | None = None) -> None:
+        """reads: [tokens, in without the one]; lacks: [tokens, out]; weights: [tokens, 1], roots of how much each token counts.
+
+        Products are float32, their sums float64.
+        """
         if self.biased:
             reads = torch.cat([reads, torch.ones_like(reads[:, :1])], dim=1)
+        if weights is not None:
+            reads, lacks = reads * weights, lacks * weights
         self.gram += reads.t() @ reads
         self.cross += lacks.t() @ reads
         self.squares += lacks.double().square().sum(0)

@@ -3,7 +3,8 @@
 A cut model and the dense one that it was cut from are walked side by side. In each block the linears that read heads or neurons,
 in order of execution, are fitted so that the sum which each adds to, its output plus the residual stream, is nearest to the
 dense model's: `refit` has the formulas. Inputs are those that the changed blocks before give, so that each block also makes up
-for what these have lost.
+for what these have lost. A token's squared error counts by that of the dense model's sum: a norm divides by its size sooner or
+later, and a few tokens (the first, separators) have sums many times as large as others.
 
 An eighth of the texts is held back. How much is damped is chosen by them, linear by linear, and a block that answers worse to
 them than without is left as it was: a linear has thousands of inputs, and a few hundred texts can be learned by heart.
@@ -15,7 +16,7 @@ inputs, the outputs and the sums of the dense model, [texts, tokens, width] each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from flyweight.calibration import Block, walk
 from flyweight.errors import StepError
-from flyweight.methods.prune.rebuild import block_error, rebuild
+from flyweight.methods.prune.rebuild import block_error, error_on, rebuild
 from flyweight.methods.prune.refit import Lack, factors, refitted
 from flyweight.methods.prune.scores import Group, groups, readers, sample
 from flyweight.models import surgery
@@ -75,10 +76,9 @@ def _restored(
     linears = _readers(bundle, block, settings.target)
     before = {group: _values(linear) for group, (linear, _) in linears.items()}
     way = "masks" if settings.restore == "masks" else "linear"
-    errors: dict[str, float] = {}
+    errors = {"without": error_on(block, wanted, held)}
     for group, (linear, size) in linears.items():
-        used, judge, outputs = _lack(block, bundle, linears, group, sums.pop(group), held)
-        errors.setdefault("without", block_error(outputs, wanted, held))
+        used, judge = _lack(block, bundle, linears, group, sums.pop(group), held)
         together = way == "masks"
         solve = _masks(linear, size) if together else refitted
         _add(linear, _best(solve, used, judge, settings.damping, f"{block.name}: {group}", together))
@@ -151,18 +151,24 @@ def _readers(bundle: Bundle, block: Block, target: str) -> dict[Group, tuple[nn.
 
 
 class Seen(NamedTuple):
-    """Of one batch. output: [texts, tokens, width]; reads: {group: [tokens, in]}; sums: {group: [tokens, out]}"""
+    """Of one batch. output: [texts, tokens, width], None where the block was left before its end; reads: {group: [tokens, in]};
+    sums: {group: [tokens, out]}"""
 
-    output: Tensor
+    output: Tensor | None
     reads: dict[Group, Tensor]
     sums: dict[Group, Tensor]
+
+
+class _Enough(Exception):
+    """Ends a block's run whose rest is of no use."""
 
 
 @contextmanager
 def watched(
     block: Block, linears: Mapping[Group, tuple[nn.Module, int]], bundle: Bundle
-) -> Iterator[Callable[[int], Seen]]:
-    """Gives a function that runs the block on a batch and tells what its linears read and the sums that they add to.
+) -> Iterator[Callable[..., Seen]]:
+    """Gives a function that runs the block on a batch and tells what its linears read and the sums that they add to. With a group
+    as `until` it leaves the block as soon as that one's are known.
 
     The sum of a linear's output and the residual stream is what the next norm of the block reads or, where none follows, what
     the block answers: so it is in blocks with norms before and with norms after their parts.
@@ -170,6 +176,7 @@ def watched(
     reads: dict[Group, Tensor] = {}
     sums: dict[Group, Tensor] = {}
     open_: list[Group] = []
+    last: list[Group | None] = [None]
 
     def read(group: Group) -> Callable[..., None]:
         def hook(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
@@ -180,14 +187,19 @@ def watched(
 
     def norm(_: nn.Module, given: tuple[Any, ...]) -> None:
         if open_:
-            sums[open_.pop()] = given[0].detach().flatten(0, -2)
+            group = open_.pop()
+            sums[group] = given[0].detach().flatten(0, -2)
+            if group == last[0]:
+                raise _Enough
 
-    def run(batch: int) -> Seen:
+    def run(batch: int, until: Group | None = None) -> Seen:
         reads.clear()
         sums.clear()
-        with torch.no_grad():
+        last[0] = until
+        output: Tensor | None = None
+        with torch.no_grad(), suppress(_Enough):
             output = block.run(batch)
-        if open_:
+        if open_ and output is not None:
             sums[open_.pop()] = output.flatten(0, -2)
         return Seen(output, dict(reads), dict(sums))
 
@@ -210,6 +222,7 @@ def _answers(
     with watched(whole, linears, dense) as run:
         for batch in range(len(whole.inputs)):
             seen = run(batch)
+            assert seen.output is not None
             outputs.append(seen.output)
             for group in linears:
                 sums[group].append(seen.sums[group])
@@ -223,18 +236,17 @@ def _lack(
     group: Group,
     sums: list[Tensor],
     held: Sequence[int],
-) -> tuple[Lack, Lack, list[Tensor]]:
-    """(what one linear's sum lacks on the texts to learn from, on those held back, what the block answers as it stands now)."""
+) -> tuple[Lack, Lack]:
+    """(what one linear's sum lacks on the texts to learn from, on those held back), by the block as it stands now."""
     linear = linears[group][0]
     used, judge = (Lack.none(surgery.weight_2d(linear), linear.bias is not None) for _ in range(2))
-    outputs = []
     with watched(block, linears, bundle) as run:
         for batch, dense in enumerate(sums):
-            seen = run(batch)
+            seen = run(batch, group)
+            weights = dense.float().square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
             lack = judge if batch in held else used
-            lack.add(seen.reads[group].float(), (dense - seen.sums[group]).float())
-            outputs.append(seen.output)
-    return (judge if len(held) == len(sums) else used), judge, outputs
+            lack.add(seen.reads[group].float(), (dense - seen.sums[group]).float(), weights)
+    return (judge if len(held) == len(sums) else used), judge
 
 
 def _outputs(block: Block) -> list[Tensor]:
