@@ -220,7 +220,7 @@ class PruneSettings(TeacherSettings):
     """`criterion: fisher`: swap units of a block as long as their joint Fisher information falls (Kwon et al. 2022, sec. 5.2)."""
     restore: Literal["none", "masks", "linear", "block"] = "none"
     """What makes up for heads and neurons that went, without training. `masks` scales those that stay (Kwon et al. 2022, sec.
-    5.3); `linear` solves the weights that read them (Park et al. 2024, section 3.3; the default with `speedup`); `block` then
+    5.3); `linear` solves the weights that read them (Park et al. 2024; the default with `speedup`); `block` then
     trains every block by itself to answer as the dense one."""
     scope: Literal["layer", "global"] = "layer"
     """Compare scores within each layer (all layers end alike) or over all layers."""
@@ -234,7 +234,7 @@ class PruneSettings(TeacherSettings):
     multiple_of: int = Field(1, ge=1)
     """Neurons kept per layer are rounded up to a multiple of this; kernels like 8 or 16."""
     damping: float = Field(0.01, gt=0)
-    """`hessian` and `restore`: share of the mean diagonal that is added to the Hessian."""
+    """`hessian` and `restore`: share of the mean diagonal that is added to the Hessian. `restore` also tries more."""
     corpus: Path | None = None
     """`target: vocabulary`: texts whose tokens stay; by default the training and calibration texts."""
     skip: tuple[str, ...] = ()
@@ -318,8 +318,8 @@ class PruneSettings(TeacherSettings):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the step looks at texts without their labels and without training on them."""
-        return self.criterion in ("hessian", "wanda", "cosine") or self.restore != "none"
+        """Whether the step looks at texts without training on them; it takes them with labels where there are any."""
+        return self.criterion in ("fisher", "hessian", "wanda", "cosine", "loss") or self.restore != "none"
 
 
 class QuantizeSettings(TeacherSettings):
