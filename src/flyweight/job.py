@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from flyweight.data import Examples
 from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import DataError, EngineError, ModelError, SettingsError, StepError
-from flyweight.methods.distill.student import kept_layers
+from flyweight.methods.distill.student import kept_layers, open_student
+from flyweight.methods.distill.width import check_narrower
 from flyweight.methods.quantize.work import targets_of, widest
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
@@ -26,7 +28,7 @@ from flyweight.recipe import Recipe, StepSpec, check_order, content_key
 from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings, TeacherSettings
 from flyweight.splits import Splits, label_names, read_splits, read_unlabelled
 from flyweight.tasks import Task, task_named
-from flyweight.training.pair import check_fit
+from flyweight.training.pair import check_fit, check_top
 
 __all__ = ["Job", "guess_task", "open_other", "prepare"]
 
@@ -245,13 +247,19 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
             targets_of(shaped, settings)
         if not (isinstance(settings, TeacherSettings) and settings.taught):
             continue
-        teacher = bundle if settings.teacher == "reference" else open_other(recipe, task, bundle, settings.teacher)
+        load_other = partial(open_other, recipe, task, bundle)
+        student = bundle
+        if isinstance(settings, DistillSettings) and settings.student is not None:
+            student = open_student(settings.student, bundle, load_other, recipe.seed)
+        for name in settings.teachers:
+            teacher = bundle if name == "reference" else load_other(name)
+            check_fit(bundle, student, teacher)
         if not isinstance(settings, DistillSettings):
-            check_fit(bundle, bundle, teacher)
             continue
-        student = bundle if settings.student is None else open_other(recipe, task, bundle, settings.student)
-        check_fit(bundle, student, teacher)
-        shaped = shaped if student is bundle else student
+        check_top(settings.top_k, teacher)
+        if settings.width is not None:
+            check_narrower(student, settings.width)
+        shaped = None if settings.width is not None else shaped if student is bundle else student
         if student is not bundle:
             depth = len(next(iter(blocks(student.model, student.family).values())))
         if depth is not None:
@@ -365,7 +373,7 @@ def outside_hashes(step: StepSpec, texts: Mapping[Path, Examples]) -> list[str]:
     if not (isinstance(settings, TeacherSettings) and settings.taught):
         return []
     named = [settings.student if isinstance(settings, DistillSettings) else None]
-    named.append(None if settings.teacher == "reference" else settings.teacher)
+    named += [name for name in settings.teachers if name != "reference"]
     hashes = [origin_hash(resolve(name)) for name in named if name is not None]
     if settings.unlabelled is not None:
         hashes.append(texts[settings.unlabelled].content_hash())

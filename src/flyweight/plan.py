@@ -123,7 +123,8 @@ def describe(settings: object) -> str:
         layers = (
             settings.layers if isinstance(settings.layers, str) else "layers " + ", ".join(map(str, settings.layers))
         )
-        return f"{layers}, {settings.epochs:g} epochs, teacher {settings.teacher}" + (
+        width = f", width {settings.width}" if settings.width else ""
+        return f"{layers}{width}, {settings.epochs:g} epochs, teacher {' + '.join(settings.teachers)}" + (
             ", with control" if settings.control else ""
         )
     if isinstance(settings, FinetuneSettings):
@@ -198,7 +199,10 @@ def cost(job: Job, settings: object, speed: Speed, before: float, share: float) 
     evaluations = settings.epochs * settings.evaluations_per_epoch * validation * speed.forward * share
     seconds = updates * settings.batch_size * speed.training * share + evaluations
     if isinstance(settings, DistillSettings):
-        seconds = seconds * (2 if settings.control else 1) + examples * speed.forward
+        inside = settings.hidden_weight + settings.embedding_weight + settings.attention_weight + settings.relation_weight
+        asked = updates * settings.batch_size * (len(settings.teachers) if settings.augment else int(inside > 0))
+        asked += 0 if settings.augment else examples * len(settings.teachers)
+        seconds = seconds * (2 if settings.control else 1) + asked * speed.forward
         return seconds, 6.0
     return seconds, 5.0
 

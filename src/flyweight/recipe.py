@@ -25,7 +25,15 @@ import yaml
 from pydantic import ConfigDict, Field, field_serializer, field_validator
 
 from flyweight.errors import SettingsError, StepError, nearest
-from flyweight.settings import Accept, DataSettings, MeasureSettings, PruneSettings, Settings, TeacherSettings
+from flyweight.settings import (
+    Accept,
+    DataSettings,
+    DistillSettings,
+    MeasureSettings,
+    PruneSettings,
+    Settings,
+    TeacherSettings,
+)
 from flyweight.steps import STEPS, step_named
 
 __all__ = ["Recipe", "StepSpec", "check_order", "read_recipe", "shipped"]
@@ -144,7 +152,11 @@ def _with_paths(step: StepSpec, change: Callable[[Any], Any]) -> StepSpec:
         return step
     named = {name: getattr(step.settings, name, None) for name in ("teacher", "student", "unlabelled", "corpus")}
     paths = {k: v for k, v in named.items() if v is not None and (k, v) != ("teacher", "reference")}
-    return StepSpec(step.name, step.settings.model_copy(update={k: change(v) for k, v in paths.items()}))
+    changes = {k: change(v) for k, v in paths.items()}
+    if isinstance(step.settings, DistillSettings):
+        more = step.settings.more_teachers
+        changes["more_teachers"] = tuple(v if v == "reference" else change(v) for v in more)
+    return StepSpec(step.name, step.settings.model_copy(update=changes))
 
 
 def _read_step(item: Any, number: int) -> StepSpec:
