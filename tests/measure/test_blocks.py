@@ -21,6 +21,7 @@ from flyweight.measure.blocks import (
     measure_table,
     passing,
     round_robin,
+    settled,
     steady,
 )
 from flyweight.measure.costs import Costs, Kind, flop_costs
@@ -106,6 +107,46 @@ def test_it_ends_at_the_limit_but_not_before_enough_rounds(now: list[float]) -> 
 
     assert rounds(2.0) == 6
     assert 6 < rounds(15.0) < 20
+
+
+def test_it_ends_when_what_was_taken_is_enough(now: list[float]) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def enough(taken: np.ndarray) -> bool:
+        seen.append(taken.shape)
+        return taken.shape[1] == 9
+
+    predictors = {name: Clocked(5.0, name, now, []) for name in "ab"}
+    assert round_robin(predictors, {}, Timing(50, 1e9, least=7), lambda: None, enough=enough).shape == (2, 9)
+    assert seen == [(2, 7), (2, 8), (2, 9)]  # not asked before enough rounds
+
+
+def test_times_are_settled_when_their_medians_are_narrow() -> None:
+    chance = np.random.default_rng(0)
+
+    def taken(rounds: int, noise: float) -> np.ndarray:
+        return np.exp(
+            chance.normal(0, noise, (30, rounds)) + chance.normal(0, 1, rounds)
+        )  # rounds differ, which is taken out
+
+    assert settled(taken(12, 0.005))
+    assert not settled(taken(12, 0.05))
+    assert settled(taken(200, 0.05))
+    assert not settled(taken(4, 0.0001))  # too few to bound a median
+
+
+def test_a_busy_machine_is_told(tiny: Tiny, now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, told = np.random.default_rng(0), Told()
+
+    class Noisy(Clocked):
+        def run(self, arrays: Any) -> np.ndarray:
+            now[1] = float(np.exp(chance.normal(0, 0.4)))
+            return super().run(arrays)
+
+    monkeypatch.setattr(module, "ready", lambda bundle, terms, folder: Noisy(of_shapes(bundle), "x", now, []))
+    table = measure_table(bundle_of(tiny("bert", LABELS)), TERMS, told, timing=Timing(10, 1e9, least=6))
+    assert table.rounds == 10  # it did not settle before
+    assert "the machine was busy" in told.notes[-1]
 
 
 def test_slow_rounds_do_not_move_the_medians() -> None:

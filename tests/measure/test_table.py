@@ -19,7 +19,7 @@ from flyweight.measure.costs import Kind
 from flyweight.measure.latency import Point
 from flyweight.measure.probes import Probe, plan
 from flyweight.measure.race import Terms
-from flyweight.measure.table import Row, Table, costs_of, file_name, key_of, predicted, read_table
+from flyweight.measure.table import Row, Table, costs_of, file_name, key_of, predicted, read_table, rising
 from flyweight.models import surgery
 
 Tiny = Callable[..., Path]
@@ -129,6 +129,35 @@ def test_noise_that_leaves_nothing_outside_the_blocks() -> None:
     found = costs_of(table)
     assert found.base == 0
     assert predicted(found, table.rows[0].probe) == pytest.approx(table.rows[0].ms)
+
+
+def test_noise_makes_nothing_cheaper_than_less_of_it() -> None:
+    """Probes out of turn: 8 heads take less than 5, all blocks together less than their heads and neurons."""
+
+    def time(probe: Probe) -> float:
+        ms = 0.7 + probe.deep["encoder"] * of_block(probe.kept)
+        if probe.deep["encoder"] == 2 and probe.kept[HEADS] == 8:
+            return 0.6 * ms
+        return ms if probe.deep["encoder"] == 2 else 0.55 * ms
+
+    found = costs_of(made(plan(MPNET, 2), time))
+    for curve in found.curves.values():
+        assert (np.diff(curve[1:]) >= 0).all()
+    assert found.block["encoder"] == 0
+    assert found.base > 0
+
+
+def test_falling_neighbours_are_pooled() -> None:
+    assert rising([1, 2, 2, 5]) == [1, 2, 2, 5]
+    assert rising([1, 4, 3, 2, 8]) == [1, 3, 3, 3, 8]
+    assert rising([3, 2, 1]) == [2, 2, 2]
+    assert rising([1, 6, 2, 3]) == pytest.approx([1, 11 / 3, 11 / 3, 11 / 3])
+    chance = np.random.default_rng(0)
+    values = np.cumsum(chance.normal(0.2, 1, 12))
+    found = np.asarray(rising(values))
+    for _ in range(300):  # no other rising line is nearer
+        other = np.sort(found + chance.normal(0, 0.3, 12))
+        assert ((found - values) ** 2).sum() <= ((other - values) ** 2).sum() + 1e-12
 
 
 def example() -> Table:

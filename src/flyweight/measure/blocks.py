@@ -35,11 +35,13 @@ from flyweight.training.checkpoint import write_atomically
 if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
 
-__all__ = ["BLOCKS", "costs_in", "latency_costs", "measure_table", "round_robin", "steady"]
+__all__ = ["BLOCKS", "costs_in", "latency_costs", "measure_table", "round_robin", "settled", "steady"]
 
 BLOCKS = 2
 """Of each stack in a probe: one block's times are half of differences, so that what a call costs by itself drowns less."""
-TIMING = Timing(rounds=12, limit_s=90.0, least=6)
+TIMING = Timing(rounds=40, limit_s=60.0, least=12)
+SETTLED = 0.015  # half of a median's 95 % interval, of the median probe: more rounds would tell little more
+UNSURE = 0.05
 MOST_BYTES = 2**27  # that pass between two runs: several times what a core's share of the caches holds
 
 
@@ -107,10 +109,16 @@ def measure_table(
             closing.callback(predictors[name].close)
         arrays = random_arrays(terms.point, vocabulary, seed=0)
         between = passing(bytes_left_out(bundle, terms, blocks))
-        taken = round_robin(predictors, arrays, timing, between, progress)
+        taken = round_robin(predictors, arrays, timing, between, progress, settled)
+    times = steady(taken)
+    if spread(times) > UNSURE:
+        progress.note(
+            f"the machine was busy while blocks were timed: each is unsure by {100 * spread(times):.0f} %, and the "
+            "first try may miss the wish"
+        )
     return Table(
         key=key_of(bundle, terms),
-        rows=tuple(_row(probe, times) for probe, times in zip(probes.values(), steady(taken), strict=True)),
+        rows=tuple(_row(probe, row) for probe, row in zip(probes.values(), times, strict=True)),
         rounds=taken.shape[1],
         seconds=time.perf_counter() - began,
     )
@@ -122,8 +130,12 @@ def round_robin(
     timing: Timing,
     between: Callable[[], None],
     progress: Progress | None = None,
+    enough: Callable[[NDArray[np.float64]], bool] = lambda taken: False,
 ) -> NDArray[np.float64]:
-    """[predictors, rounds] milliseconds. Every round runs each of them, short ones once untimed, then `between`, then timed."""
+    """[predictors, rounds] milliseconds. Every round runs each of them, short ones once untimed, then `between`, then timed.
+
+    It ends after `timing.rounds`; from `timing.least` on also at `timing.limit_s` seconds, or when what was taken is `enough`.
+    """
     progress = progress or NoProgress()
     for predictor in predictors.values():
         for _ in range(WARM_UP):
@@ -132,7 +144,8 @@ def round_robin(
     last = dict.fromkeys(names, 0.0)
     rounds: list[list[float]] = []
     for number in progress.track(range(timing.rounds), "times of blocks", total=timing.rounds):
-        if number >= timing.least and time.perf_counter() - start > timing.limit_s:
+        late = time.perf_counter() - start > timing.limit_s
+        if number >= timing.least and (late or enough(np.asarray(rounds).T)):
             break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -154,6 +167,18 @@ def steady(taken: NDArray[np.float64]) -> NDArray[np.float64]:
     logs = np.log(taken)
     slow = np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
     return np.asarray(np.exp(logs - slow + np.median(slow)))
+
+
+def spread(times: NDArray[np.float64]) -> float:
+    """Half of the 95 % interval of a median as a share of it, at the median over probes; times [probes, rounds]."""
+    found = [quantile(row, 0.5, "ms", "interleaved rounds") for row in times]
+    halves = [(one.high - one.low) / 2 / one.value for one in found if one.low is not None and one.high is not None]
+    return float(np.median(halves)) if halves else float("inf")
+
+
+def settled(taken: NDArray[np.float64]) -> bool:
+    """Whether further rounds would tell little more."""
+    return spread(steady(taken)) <= SETTLED
 
 
 def bytes_left_out(bundle: Bundle, terms: Terms, blocks: int) -> int:

@@ -5,6 +5,8 @@ With t the time of a probe, b blocks deep, and t0 that of the anchor:
     what k units cost more than j   (t[k] - t[j]) / b          between measured k by linear interpolation
     a block of the anchor           (t[deeper] - t0) / (its blocks - b)
     what lies outside of blocks     t0 - b x a block of the anchor
+
+More units are not cheaper and nothing costs less than nothing: where times say so, that is noise, and it is evened out.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from flyweight.measure.race import Terms
     from flyweight.models.bundle import Bundle
 
-__all__ = ["Row", "Table", "costs_of", "file_name", "key_of", "read_table"]
+__all__ = ["Row", "Table", "costs_of", "file_name", "key_of", "read_table", "rising"]
 
 FORMAT = 1
 SLOW = 0.01
@@ -158,7 +160,7 @@ def costs_of(table: Table) -> Costs:
     base = max(anchor.ms - inside, 0.0)
     kept = anchor.probe.kept
     block = {
-        stack: taken - sum(float(curves[kind][kept[kind]]) for kind in kinds_of(curves, stack))
+        stack: max(taken - sum(float(curves[kind][kept[kind]]) for kind in kinds_of(curves, stack)), 0.0)
         for stack, taken in each.items()
     }
     costs = Costs("ms", base, block, curves)
@@ -187,9 +189,22 @@ def _curve(table: Table, kind: Kind) -> NDArray[np.float64]:
     anchor, rows = table.rows[0], _single(table, kind)
     most = max(rows)
     some = [k for k in rows if kind.attention is not None or regular(k, most)]
-    curve = np.interp(np.arange(most + 1), some, [(rows[k].ms - anchor.ms) / anchor.deep[kind.stack] for k in some])
+    each = rising([(rows[k].ms - anchor.ms) / anchor.deep[kind.stack] for k in some])
+    curve = np.interp(np.arange(most + 1), some, each)
     curve[0] = np.nan
     return curve
+
+
+def rising(values: Iterable[float]) -> list[float]:
+    """The nearest values in the least squares sense that never fall: neighbours that do are pooled (Ayer et al. 1955)."""
+    pools: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        mean, number = float(value), 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, number = (before * many + mean * number) / (many + number), many + number
+        pools.append((mean, number))
+    return [mean for mean, number in pools for _ in range(number)]
 
 
 def _deeper(table: Table, stack: str) -> float:
