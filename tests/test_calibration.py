@@ -139,3 +139,18 @@ def test_a_visitor_who_knows_the_answers_spares_the_walk_a_pass(tmp_path):
         hook.remove()
     assert len(hooks) == 4
     assert not passes
+
+
+def test_the_way_to_the_first_block_does_not_compute_the_others(bundle):
+    lists = surgery.blocks(bundle.model, bundle.family)
+    first = next(iter(lists.values()))
+    computed = []
+    linears = [m for block in first[1:] for m in block.modules() if isinstance(m, surgery.LINEARS)]
+    hooks = [m.register_forward_hook(lambda *_: computed.append(1)) for m in linears]
+    blocks = walk(bundle, texts(bundle))
+    next(blocks)
+    assert not computed
+    blocks.close()
+    for hook in hooks:
+        hook.remove()
+    assert not any("forward" in vars(module) for module in bundle.model.modules())

@@ -166,7 +166,11 @@ def walk(
 def _enter(
     bundle: Bundle, examples: Examples, blocks: Sequence[nn.Module]
 ) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
-    """Run the model once: (hidden states into the first block, [batch][block] what else each block is called with)."""
+    """Run the model up to its blocks: (hidden states into the first one, [batch][block] what else each block is called with).
+
+    The other blocks are called with what the model makes for them, but answer as the first one did: what they are called with
+    depends on the texts and on what the first hands on (T5's position bias), not on the hidden states.
+    """
     hidden: list[Tensor] = []
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
@@ -183,7 +187,7 @@ def _enter(
 
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _answering_alike(blocks):
             for arrays in _batches(bundle, examples):
                 with suppress(_Enough):
                     _forward(bundle, arrays)
@@ -191,6 +195,21 @@ def _enter(
         for hook in hooks:
             hook.remove()
     return hidden, calls
+
+
+@contextmanager
+def _answering_alike(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, only the first of the blocks computes; the others answer what it answered last."""
+    last: list[Any] = [None]
+    hook = blocks[0].register_forward_hook(lambda _, __, output: last.__setitem__(0, output))
+    for block in blocks[1:]:
+        block.forward = lambda *_, **__: last[0]
+    try:
+        yield
+    finally:
+        hook.remove()
+        for block in blocks[1:]:
+            del block.forward
 
 
 def _batches(bundle: Bundle, examples: Examples) -> Iterator[dict[str, Tensor]]:

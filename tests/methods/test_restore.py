@@ -158,6 +158,7 @@ def test_an_eighth_of_the_texts_is_held_back_where_there_are_enough():
 def test_of_many_texts_some_are_held_back_and_judge(tiny, tmp_path, monkeypatch, way):
     monkeypatch.setattr(rebuilding, "STEPS", 16)
     monkeypatch.setattr(restoring, "FEW", 8)
+    monkeypatch.setattr(restoring, "TOKENS", 40)
     dense = open_bundle(tiny("mpnet"), task="embedding")
     given = context(tmp_path, dense)
     bundle = cut_of(dense)

@@ -39,6 +39,7 @@ __all__ = ["Seen", "held_back", "restore", "texts", "watched"]
 
 FEW, HELD_BACK = 64, 8
 """Fewer texts than this are all learned from; of more, one in so many is held back."""
+TOKENS = 1024
 MORE, STEP = 4, 4.0
 """So many dampings are tried, each so many times the one before."""
 
@@ -240,13 +241,27 @@ def _lack(
     """(what one linear's sum lacks on the texts to learn from, on those held back), by the block as it stands now."""
     linear = linears[group][0]
     used, judge = (Lack.none(surgery.weight_2d(linear), linear.bias is not None) for _ in range(2))
-    with watched(block, linears, bundle) as run:
-        for batch, dense in enumerate(sums):
-            seen = run(batch, group)
-            weights = dense.float().square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
-            lack = judge if batch in held else used
-            lack.add(seen.reads[group].float(), (dense - seen.sums[group]).float(), weights)
+    for lack, batches in ((judge, held), (used, [batch for batch in range(len(sums)) if batch not in held])):
+        with watched(block, linears, bundle) as run:
+            for some in _together(batches, [len(one) for one in sums]):
+                seen = [run(batch, group) for batch in some]
+                dense = torch.cat([sums[batch] for batch in some])
+                lacks = dense - torch.cat([one.sums[group] for one in seen])
+                weights = dense.float().square().mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
+                lack.add(torch.cat([one.reads[group] for one in seen]).float(), lacks.float(), weights)
     return (judge if len(held) == len(sums) else used), judge
+
+
+def _together(batches: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Batches of about as many tokens as make a large product worth it; tokens: of every batch."""
+    some: list[int] = []
+    for batch in batches:
+        some.append(batch)
+        if sum(tokens[one] for one in some) >= TOKENS:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _outputs(block: Block) -> list[Tensor]:
