@@ -240,5 +240,7 @@ def test_the_estimate_counts_inputs_and_outputs_of_one_block_and_the_worst_linea
     assert bytes_needed([(768, 768)], 1000, 768, "factor") - one == 2 * 4 * 1000 * 768
     assert bytes_needed([(768, 768), (768, 3072)], 0, 768, "factor") == bytes_needed([(768, 3072)], 0, 768, "factor")
     assert bytes_needed([(768, 3072)], 0, 768, "factor") > 5 * 8 * 3072**2
-    assert bytes_needed([(768, 768)], 0, 768, "factor", batch=10) - one == 6 * 4 * 10 * 768
+    assert bytes_needed([(768, 768)], 0, 768, "factor", batch=10) == one  # not while the sums are taken
+    assert bytes_needed([(768, 768)], 0, 768, "factor", batch=5000) == 6 * 4 * 5000 * 768 + 20 * 768**2
+    assert bytes_needed([(768, 768)], 0, 768, "squares", batch=5000) == (24 + 16) * 5000 * 768
     assert bytes_needed([], 10, 8, "squares") == 2 * 4 * 10 * 8

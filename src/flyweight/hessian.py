@@ -257,15 +257,14 @@ _MATRICES: dict[Way, tuple[tuple[float, float], ...]] = {
 def bytes_needed(linears: Iterable[tuple[int, int]], tokens: int, hidden: int, way: Way, batch: int = 0) -> int:
     """Bytes that a walk with one of the methods takes at most, beside the model itself.
 
-    One block's inputs and outputs, [tokens, hidden] each, what one batch makes inside the block, and the worst linear's matrices.
+    One block's inputs and outputs, [tokens, hidden] each, and what is larger: the worst linear's matrices while it is solved, or
+    its sums together with what a batch makes inside the block.
 
     linears: [out, in] of those that are solved; tokens: of all texts; hidden: width of hidden states; batch: tokens of the
     largest batch (`calibration.BATCH` texts of the longest length)
     """
     shapes = list(linears)
-    matrices = max(
-        (8 * (entries * n * n + weights * n * out) for out, n in shapes for entries, weights in _MATRICES[way]),
-        default=0,
-    )
-    widest = max((max(shape) for shape in shapes), default=hidden)
-    return int(2 * 4 * tokens * hidden + 6 * 4 * batch * widest + matrices)
+    solving = [8 * (entries * n * n + weights * n * out) for out, n in shapes for entries, weights in _MATRICES[way]]
+    summing = [16 * batch * n if way == "squares" else 20 * n * n for _, n in shapes]  # a batch's product, then added
+    inside = 6 * 4 * batch * max((max(shape) for shape in shapes), default=hidden)
+    return int(2 * 4 * tokens * hidden + max(max(solving, default=0), inside + max(summing, default=0)))
