@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["block_error", "error_on", "rebuild"]
 
-STEPS, RATE, TEXTS, LOOKS = 400, 1e-4, 16, 8
+STEPS, RATE, TEXTS, LOOKS = 320, 3e-4, 16, 8
 """Steps and the rate at their beginning; texts a step, at least; times that what was held back is looked at."""
 
 
