@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from flyweight.training.checkpoint import content_hash, write_atomically
 from flyweight.training.device import find_device, placed, weights
 from flyweight.training.predict import predict
 
-__all__ = ["answers", "hidden", "identity", "tap"]
+__all__ = ["answers", "hidden", "identity", "kept", "tap"]
 
 
 def identity(teacher: Bundle) -> str:
@@ -39,15 +39,24 @@ def answers(
     is made again. Raises StorageError when it cannot be written.
     """
     name = content_hash(key, replace(data, labels=None).content_hash(), "answers")[:32]
-    path = cache / f"{name}.npy"
-    found = _read(path, len(data), progress)
-    if found is not None:
-        return found
-    with placed(teacher.model, find_device(device)), simulate(teacher):
-        found = predict(teacher, data, progress=progress, what="asking the teacher")
-    made = found
-    write_atomically(path, lambda file: np.save(file, made, allow_pickle=False))
-    return made
+
+    def ask() -> NDArray[np.float32]:
+        with placed(teacher.model, find_device(device)), simulate(teacher):
+            return predict(teacher, data, progress=progress, what="asking the teacher")
+
+    return kept(cache / f"{name}.npy", len(data), ask, progress)
+
+
+def kept(path: Path, count: int, ask: Callable[[], NDArray[np.float32]], progress: Progress) -> NDArray[np.float32]:
+    """Answers to `count` examples, [count, ...] float32, from the file or else asked for and written there.
+
+    A damaged file is made again. Raises StorageError when it cannot be written.
+    """
+    found = _read(path, count, progress)
+    if found is None:
+        found = made = ask()
+        write_atomically(path, lambda file: np.save(file, made, allow_pickle=False))
+    return found
 
 
 def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | None:
@@ -56,10 +65,10 @@ def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | N
     try:
         found: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        progress.note(f"{path} is damaged ({error}): asking the teacher again")
+        progress.note(f"{path} is damaged ({error}): making it again")
         return None
     if found.dtype != np.float32 or found.shape[:1] != (count,):
-        progress.note(f"{path} holds something else: asking the teacher again")
+        progress.note(f"{path} holds something else: making it again")
         return None
     return found
 
