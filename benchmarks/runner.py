@@ -1,4 +1,6 @@
-"""One runner for all tables: a row is a job in a process of its own, of at most 30 minutes, that goes on where it was.
+"""One runner for all tables: a row is a job in a process of its own that goes on where it was.
+
+It is meant for at most 30 minutes; one that says more may take three times what it says before it is stopped.
 
 benchmarks/results/<table>/<row>.json    what a row gave, with its command, machine, versions and seed; kept in git
 benchmarks/results/<table>.md            the rows as a table

@@ -335,6 +335,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny, files, tmp_path, monkeypat
     for (name, one), (_, two) in zip(resumed.model.named_parameters(), never.model.named_parameters(), strict=True):
         assert (one == two).all(), name
     assert not Path(cache.work(job.keys[2])).exists()
+    assert ["resumed" in step.notes for step in resumed.steps] == [False, True]
+    assert not any("resumed" in step.notes for step in never.steps)
 
 
 def test_the_cache_keeps_to_its_cap_and_to_what_is_in_use(tiny, files, cache, monkeypatch):

@@ -23,6 +23,8 @@ from flyweight.measure.memory import tree_memory
 
 # Asking a process of a gigabyte takes 13 ms of its core: at 50 ms that was a quarter of one.
 PERIOD_S, SAMPLED = 0.25, "sampled every 250 ms"
+BESIDE = ", while other processes used"
+BUSY = 0.2  # cores in use by others from which on a time says so
 QUICK = (
     "--batches",
     "1",
@@ -41,9 +43,12 @@ def own_cache(job: Job) -> None:
 
 
 class Watched(NamedTuple):
+    """others: cores that other processes used meanwhile, on average"""
+
     seconds: float
     peak_bytes: int
     kind: str
+    others: float
 
 
 class Made(BaseModel):
@@ -52,12 +57,14 @@ class Made(BaseModel):
     command:   as it was typed, without folders
     estimated: seconds of the step, as `--dry-run` told before
     resumed:   it went on after a stop, so that its time says nothing
+    others:    cores that other processes used meanwhile, on average
     """
 
     command: str
     seconds: float
     peak_bytes: int
     kind: str
+    others: float = 0.0
     resumed: bool
     estimated: float
 
@@ -66,10 +73,13 @@ class Made(BaseModel):
         if self.resumed:
             return {}
         what = "of the whole command in a fresh process: start, load, quantize, export, check"
+        beside = f"{BESIDE} {self.others:.1f} cores" if self.others >= BUSY else ""
         steps = sum(step.seconds for step in read_manifest(folder).steps if step.name == "quantize")
         return {
-            "quantize.seconds": Measurement(value=self.seconds, unit="s", n=1, method=f"wall clock {what}"),
-            "quantize.step_seconds": Measurement(value=steps, unit="s", n=1, method="wall clock of the step alone"),
+            "quantize.seconds": Measurement(value=self.seconds, unit="s", n=1, method=f"wall clock {what}{beside}"),
+            "quantize.step_seconds": Measurement(
+                value=steps, unit="s", n=1, method=f"wall clock of the step alone{beside}"
+            ),
             "quantize.estimated_seconds": Measurement(
                 value=self.estimated, unit="s", method="of the step alone, estimated by --dry-run before it ran"
             ),
@@ -115,7 +125,7 @@ def estimated(program: Sequence[str], environment: dict[str, str], step: str) ->
 
 def watch(command: Sequence[str], environment: dict[str, str], log: Path) -> Watched:
     """Run it to its end, and sample the memory of its process tree. Raises SystemExit with its last line."""
-    start, peak, kind = time.perf_counter(), 0, "pss"
+    start, peak, kind, used_before = time.perf_counter(), 0, "pss", _used()
     with log.open("wb") as said:
         child = subprocess.Popen(command, env={**os.environ, **environment}, stdout=said, stderr=said)
         try:
@@ -133,4 +143,11 @@ def watch(command: Sequence[str], environment: dict[str, str], log: Path) -> Wat
         lines = log.read_text("utf-8", errors="replace").strip().splitlines()
         said_last = next((line for line in reversed(lines) if line.startswith("error:")), (lines or ["nothing"])[-1])
         raise SystemExit(f"error: {said_last.removeprefix('error: ')}")
-    return Watched(time.perf_counter() - start, peak, kind)
+    seconds = time.perf_counter() - start
+    return Watched(seconds, peak, kind, max(0.0, (_used() - used_before) / seconds))
+
+
+def _used() -> float:
+    """Seconds of all cores that processes have used which are neither this one nor its ended children."""
+    machine, own = psutil.cpu_times(), os.times()  # of its children: those that have ended
+    return machine.user + getattr(machine, "nice", 0.0) + machine.system - sum(own[:4])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from benchmarks import sanity
 from benchmarks.quality import METRIC
 from benchmarks.quantization import aims, classes, vectors
+from benchmarks.quantization.command import BESIDE
 from benchmarks.quantization.found import Found
 from benchmarks.quantization.models import MINILM, MPNET, Model
 from benchmarks.quantization.variants import LADDER
@@ -37,6 +38,8 @@ CLASSES = (
     "peak MB to make",
 )
 
+STAR = "\\* while other processes used the machine, so that it took longer; how much they did stands in the row's JSON."
+
 
 def markdown(table: Table) -> str:
     found = Found.of(table)
@@ -48,7 +51,11 @@ def markdown(table: Table) -> str:
         parts += [f"### {model.title}: sentence vectors", "", *_vectors(table, found, model)]
         parts += [f"### {model.title}: 3 bits, groups of 128, no training", "", *_ladder(found, model)]
         parts += [f"### {model.title}: Rotten Tomatoes", "", *_classes(table, found, model)]
-    parts += [*_notes(table, found), *footer(table, found.rows)]
+    parts += [
+        *([STAR, ""] if any("\\* (" in part for part in parts) else []),
+        *_notes(table, found),
+        *footer(table, found.rows),
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -93,10 +100,12 @@ def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
 
 
 def _seconds(found: Found, row: str) -> str:
-    """`48 (21, 30)`: the whole command, the step in it, and what the step was expected to take."""
+    """`48 (21, 30)`: the whole command, the step in it, and what the step was expected to take; a star where the machine was
+    in use by others."""
     figures = [found.figure(row, f"quantize.{key}") for key in ("seconds", "step_seconds", "estimated_seconds")]
     whole, *rest = [DASH if figure is None else f"{figure.value:.0f}" for figure in figures]
-    return DASH if whole == DASH else f"{whole} ({', '.join(rest)})"
+    star = "\\*" * any(BESIDE in figure.method for figure in figures if figure is not None)
+    return DASH if whole == DASH else f"{whole}{star} ({', '.join(rest)})"
 
 
 def _called(table: Table, row: Row) -> str:

@@ -1,7 +1,5 @@
 """`python -m flyweight`, where no script was installed."""
 
-import sys
+from flyweight.cli import program
 
-from flyweight.cli import main
-
-sys.exit(main())
+program()

@@ -284,14 +284,21 @@ def file_hash(path: Path) -> str:
 
 
 def known_hash(path: Path) -> str:
-    """`file_hash`, read once in this process as long as the file's size, number and times stay what they were."""
+    """`file_hash`, read once in this process as long as the file's size, number and times stay what they were.
+
+    A file that was changed a moment ago may be changed again within the same tick of its clock, and is read anew.
+    """
     about = path.stat()
     same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     if same not in _known:
-        _known[same] = file_hash(path)
+        found = file_hash(path)
+        if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < SETTLED_NS:
+            return found
+        _known[same] = found
     return _known[same]
 
 
+SETTLED_NS = 2_000_000_000  # two seconds, the coarsest that file systems keep
 _known: dict[tuple[int, ...], str] = {}
 
 

@@ -48,6 +48,7 @@ CODE = (
     *("measure/flops.py", "measure/size.py"),  # figures of an entry
     *("measure/quality.py", "measure/verdict.py", "runtime.py"),  # what the gate decides by
 )
+WIDEST = 8  # bits that a layer may have, given or fallen back to
 LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
 
 
@@ -346,7 +347,7 @@ def samples(recipe: Recipe) -> int:
 def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) -> list[str]:
     """What a quantize step depends on beside model and training data: its texts, the rule that its gate holds, the CPU."""
     rule = [] if settings.gate == "off" else [recipe.accept.model_dump_json()]
-    rule += ["reduced range"] if widest(settings) < settings.bits else []  # `auto` depends on the machine
+    rule += ["reduced range"] if widest(settings) < WIDEST else []  # `auto` depends on the machine
     if splits.calibration is None or not (settings.calibrated or rule):
         return rule
     return [*rule, splits.calibration.content_hash()]

@@ -199,7 +199,9 @@ def cost(job: Job, settings: object, speed: Speed, before: float, share: float) 
     evaluations = settings.epochs * settings.evaluations_per_epoch * validation * speed.forward * share
     seconds = updates * settings.batch_size * speed.training * share + evaluations
     if isinstance(settings, DistillSettings):
-        inside = settings.hidden_weight + settings.embedding_weight + settings.attention_weight + settings.relation_weight
+        inside = (
+            settings.hidden_weight + settings.embedding_weight + settings.attention_weight + settings.relation_weight
+        )
         asked = updates * settings.batch_size * (len(settings.teachers) if settings.augment else int(inside > 0))
         asked += 0 if settings.augment else examples * len(settings.teachers)
         seconds = seconds * (2 if settings.control else 1) + asked * speed.forward

@@ -72,17 +72,19 @@ def run_step(job: Job, number: int, bundle: Bundle) -> Bundle:
     """One step, its record and its cache entry."""
     step = job.recipe.steps[number]
     work = job.cache.work(job.keys[number + 1])
+    resumed = work.is_dir() and any(work.iterdir())
     work.mkdir(parents=True, exist_ok=True)
     context = make_context(job, number, bundle, work)
     started = time.monotonic()
     with OwnPeak() as peak:
         bundle = step_named(step.name).function()(bundle, step.settings, context)
     seconds = time.monotonic() - started
+    notes = {"resumed": True} if resumed else {}  # seconds and memory are those of this run alone then
     record = StepRecord(
         name=step.name,
         settings=step.settings.model_dump(mode="json"),
         seconds=seconds,
-        notes={**context.notes, "peak_memory_bytes": peak.bytes, "after": after(job, bundle)},
+        notes={**context.notes, **notes, "peak_memory_bytes": peak.bytes, "after": after(job, bundle)},
     )
     bundle.steps = (*bundle.steps, record)
     keep(job, number + 1, bundle)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+import sample_manifest
 from benchmarks import quantization, reviews, runner
-from benchmarks.quantization import aims, command, models, variants
+from benchmarks.quantization import aims, command, models, page, variants
 from benchmarks.quantization.classes import SEEDS, row_name
 from benchmarks.quantization.found import Found
 from benchmarks.quantization.models import MINILM, MPNET
 from benchmarks.runner import Job, pack_scores
+from flyweight.artifact import write_manifest
 from flyweight.settings import QuantizeSettings
 
 EVERY = {variant.key: variant for variant in (*variants.VECTORS, *variants.TRAINED)}
@@ -151,6 +155,36 @@ def test_a_command_is_watched(tmp_path: Path) -> None:
     found = command.watch([command.sys.executable, "-c", code], {}, tmp_path / "log")
     assert found.seconds > 0.5
     assert 80e6 < found.peak_bytes < 200e6
+
+
+def test_what_other_processes_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the machine worked 7 s more, 2.5 of them in this process and its children."""
+    clocks = iter([(100.0, 5.0, 20.0), (104.0, 5.5, 22.5)])
+    own = iter([(1.0, 1.0, 3.0, 0.5, 0.0), (1.5, 1.0, 4.5, 1.0, 9.0)])
+
+    def cpu_times() -> Any:
+        user, nice, system = next(clocks)
+        return SimpleNamespace(user=user, nice=nice, system=system, idle=1e6)
+
+    monkeypatch.setattr(command.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(command.os, "times", lambda: next(own))
+    found = command.watch([command.sys.executable, "-c", "pass"], {}, tmp_path / "log")
+    assert found.others == pytest.approx(4.5 / found.seconds)
+
+
+def test_times_of_a_busy_machine_are_marked(tmp_path: Path) -> None:
+    write_manifest(tmp_path, sample_manifest.make(steps=()))
+    figures = {
+        others: command.Made(
+            command="c", seconds=90, peak_bytes=1, kind="pss", resumed=False, estimated=30, others=others
+        ).figures(tmp_path)
+        for others in (0.1, 1.26)
+    }
+    assert figures[0.1]["quantize.seconds"].method.endswith("export, check")
+    assert figures[1.26]["quantize.seconds"].method.endswith("check, while other processes used 1.3 cores")
+    for others, shown in ((0.1, "90 (0, 30)"), (1.26, "90\\* (0, 30)")):
+        record = {"figures": {key: one.model_dump() for key, one in figures[others].items()}}
+        assert page._seconds(Found({"row": record}), "row") == shown
 
 
 def test_a_failing_command_says_why(tmp_path: Path) -> None:

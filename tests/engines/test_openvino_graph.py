@@ -14,6 +14,7 @@ from flyweight.engines import onnxruntime, openvino, openvino_graph
 from flyweight.engines.onnx_integer import WITH_TAIL, _pack_with_tail
 from flyweight.engines.openvino_graph import PART, prepared, unpacked
 from flyweight.engines.openvino_kernels import profile
+from flyweight.errors import EngineError
 from flyweight.methods.quantize import quantize, smooth
 from flyweight.models.load import load
 from flyweight.settings import QuantizeSettings
@@ -31,7 +32,9 @@ def test_tables_are_unpacked_as_they_were_packed(bits: int, width: int) -> None:
     np.testing.assert_array_equal(found, values.astype(int) - 2 ** (bits - 1))
 
 
-def static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> tuple[Path, list[dict[str, Any]]]:
+def static(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, **changes: Any
+) -> tuple[Path, list[dict[str, Any]]]:
     """(ONNX file, arrays) of a model whose neurons have outliers, kept in float by its down projections at any cost."""
     monkeypatch.setattr(smooth, "WORTH", 0)
     bundle = load(str(tiny.write(tmp_path / "m", family, labels=("a", "b"))), task_named("text-classification"))
@@ -40,7 +43,7 @@ def static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> tupl
             module.weight.data[3] *= 40
             module.weight.data[6] *= 25
     texts = bundle.encoder._replace(truncate=True).examples(tiny.SENTENCES)
-    asked = QuantizeSettings(activations="static", embeddings=7)
+    asked = QuantizeSettings(activations="static", embeddings=7, **changes)
     found = quantize(bundle, asked, context(tmp_path, texts, task_named(bundle.task)))
     entry = onnxruntime.export(found, tmp_path / "out")
     return tmp_path / "out" / entry.file, [texts.batch(range(i, i + 5), 0) for i in (0, 5, 10)]
@@ -73,6 +76,35 @@ def test_what_is_taken_apart_answers_the_same(tmp_path: Path, monkeypatch: pytes
         assert np.linalg.norm(found.run(batch) - wanted) < 0.005 * np.linalg.norm(wanted)
         # As it is, OpenVINO draws shift and smoothing into the rounding, and some numbers fall on the other side of an edge.
         assert np.linalg.norm(direct.run(batch) - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+@needs_openvino
+@pytest.mark.parametrize("changes", [{"ranges": "minmax", "outliers": 0}, {"ranges": "minmax", "outliers": 4}])
+def test_a_file_that_is_answered_wrongly_when_changed_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """ELECTRA's first linears read a linear's output that nothing else has touched."""
+    path, arrays = static(tmp_path, monkeypatch, "electra", **changes)
+    other, core = onnxruntime.open_file(path), openvino.shared_core()
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    wrong = openvino._Predictor(core.compile_model(prepared(core.read_model(str(path))), "CPU", options))
+    found = openvino.open_file(path)
+    for batch in arrays:
+        wanted = other.run(batch)
+        assert np.linalg.norm(wrong.run(batch) - wanted) > 0.05 * np.linalg.norm(wanted), "no longer needed"
+        assert np.linalg.norm(found.run(batch) - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+@needs_openvino
+def test_a_file_that_is_answered_wrongly_either_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = static(tmp_path, monkeypatch, "bert")
+    openvino.open_file(path)
+    right = onnxruntime._Predictor.run
+    monkeypatch.setattr(onnxruntime._Predictor, "run", lambda self, arrays: right(self, arrays) + 1)
+    with pytest.raises(
+        EngineError, match=r"OpenVINO [0-9.]+ to answer as onnxruntime does on .*model.onnx, got other answers"
+    ):
+        openvino.open_file(path)
 
 
 @needs_openvino

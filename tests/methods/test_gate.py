@@ -109,6 +109,40 @@ def test_a_rule_that_holds_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     assert note["before"]["low"] == pytest.approx(lower_bound(made, here))
 
 
+def test_a_killed_gate_asks_only_what_it_has_not_asked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def falls_back(folder: str, most: int = 1000) -> tuple[Bundle, dict[str, Any]]:
+        """A run that is killed when it would ask for the answers of `most` + 1 models."""
+        asked.clear()
+
+        def count(view: Bundle, examples: Examples, **how: Any) -> Any:
+            if "what" not in how:  # not those of the reference and of float
+                if len(asked) == most:
+                    raise RuntimeError("killed")
+                asked.append(len(examples))
+            return predict(view, examples, **how)
+
+        monkeypatch.setattr("flyweight.methods.quantize.gate.predict", count)
+        bundle = opened(tiny)
+        outlier(bundle, "bert.encoder.layer.1.output.dense")
+        here = context(bundle, tmp_path / folder, {"max_drop": 0.02})
+        settings = QuantizeSettings(bits=4, activations="none", granularity="tensor")
+        return quantize(bundle, settings, here), here.notes["gate"]
+
+    whole, note = falls_back("whole")
+    total = len(asked)
+    assert note["evaluations"] >= total > 8
+    with pytest.raises(RuntimeError, match="killed"):
+        falls_back("killed", 6)
+    again, same = falls_back("killed")
+    assert len(asked) == total - 6
+    assert same == note
+    assert all(torch.equal(again.quantized[name].codes, codes.codes) for name, codes in whole.quantized.items())
+
+
 def test_no_rule_no_gate(tiny: Tiny, tmp_path: Path) -> None:
     here = context(opened(tiny), tmp_path, {})
     quantize(opened(tiny), QuantizeSettings(bits=2), here)

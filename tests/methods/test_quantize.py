@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flyweight import artifact
 from flyweight.context import Context
-from flyweight.errors import StepError
+from flyweight.errors import SettingsError, StepError
 from flyweight.methods.quantize import quantize
 from flyweight.models import surgery
 from flyweight.models.activations import fake_quantize, simulate
@@ -278,3 +278,8 @@ def test_the_real_model_at_8_bits(minilm: Path, tmp_path: Path) -> None:
     assert (before * dynamic).sum(-1).mean() > 0.98
     save(made, tmp_path / "a")
     assert (tmp_path / "a" / "model.safetensors").stat().st_size < 0.27 * (minilm / "model.safetensors").stat().st_size
+
+
+def test_biases_that_were_trained_are_not_corrected() -> None:
+    with pytest.raises(SettingsError, match="bias_correction goes with weights that were not trained"):
+        QuantizeSettings.read({"method": "train", "bias_correction": True}, "quantize")

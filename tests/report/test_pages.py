@@ -265,11 +265,25 @@ def test_fallbacks_are_told_layer_by_layer() -> None:
     assert "3.988 bits a weight, scales included; 4 were allowed. Each alone" in page
     over = html(with_notes(gate=GATE, mixed=MIXED | {"over_budget": 12345}))
     assert "4 were allowed: 12,345 bytes more than the budget, as the acceptance rule came first. Each alone" in over
+    kept = {**GATE, "layers": [{**row, "became": "kept"} for row in GATE["layers"]]}
+    alone = html(with_notes(gate=kept, mixed=MIXED | {"over_budget": 12345}))
+    assert "4 were allowed: 12,345 bytes more than the budget. Each alone" in alone
+    whole = html(with_notes(gate=GATE, mixed=MIXED | {"over_budget": 99, "megabytes": 0.0591, "max_megabytes": 0.059}))
+    assert (
+        "scales included. All weights take 0.0591 MB; 0.059 were allowed: 99 bytes more than the budget, as the "
+        "acceptance rule came first. Each alone" in whole
+    )
     assert "at most 812 MB of memory" in page
     text = card(with_notes(gate=GATE))
     assert "Fallen back: encoder.layer.2.output.dense to 8 bits, inputs in float." in text
     assert "Gate on the validation examples: 1 of 3 layers fell back. Accepted: accuracy 83.4" in text
     assert "Accuracy gate" not in html(make())
+
+
+def test_time_of_a_resumed_step_says_so() -> None:
+    assert "since it went on" in html(with_notes(resumed=True))
+    assert "since it went on" in card(with_notes(resumed=True))
+    assert "since it went on" not in html(make()) + card(make())
 
 
 def test_a_gate_that_was_left_out_is_told() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
@@ -31,7 +29,3 @@ def serve(
 
     limits = Limits(body_bytes=max_body, batch=max_batch, waiting=max_waiting)
     run(path, host, port, threads, limits, engine)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The server's threads are not Python's: one that asks for the interpreter while that is taken down aborts it (SIGABRT).
-    os._exit(0)

@@ -75,12 +75,13 @@ def _biased(draft: Draft, x: str, name: str, codes: Codes, bias: str, held: Inte
     steps = draft.constant(f"{bias}.scale", held.steps.cpu().numpy())
     added = draft.add("DequantizeLinear", [stored, steps], f"{output}.bias", axis=0)
     out, width = codes.info.shape
-    rows, result = rows_of(draft, x, width), f"{output}.rows"
+    result = f"{output}.rows"
     product = result if codes.outliers is None else f"{output}.integers"
     values = _on_grid(draft, _moved_rows(draft, x, codes), scale, zero)
     draft.add("Gemm", [values, _weight(draft, name, codes), added], product)
-    with_outliers(draft, rows.matrix, name, codes, product, result)
-    put_rows(draft, output, result, rows.source, out)
+    if codes.outliers is not None:
+        with_outliers(draft, rows_of(draft, x, width).matrix, name, codes, product, result)
+    put_rows(draft, output, result, draft.rows[x].source if x in draft.rows else x, out)
     return output
 
 

@@ -15,7 +15,7 @@ from flyweight.artifact import Manifest, Measurement, StepRecord
 from flyweight.report.figures import interval, label, model_name, number, ordered, show
 from flyweight.report.layers import fallbacks
 
-__all__ = ["card", "machine_line", "settings_line", "time_text"]
+__all__ = ["card", "machine_line", "settings_line", "step_time", "time_text"]
 
 PIPELINES = {"text-classification": "text-classification", "embedding": "feature-extraction"}
 LEFT_OUT = (".p90@", ".p99@", "bytes.")
@@ -40,7 +40,7 @@ def card(manifest: Manifest, samples: bool = False) -> str:
         steps=[
             {
                 "name": _one_line(step.name),
-                "time": time_text(step.seconds),
+                "time": step_time(step),
                 "settings": _code(settings_line(step)),
                 "told": [_one_line(line) for line in fallbacks(step)],
             }
@@ -148,6 +148,11 @@ def _plain(value: Any) -> str:
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name  # where it stands on the maker's machine is nobody's business
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def step_time(step: StepRecord) -> str:
+    """A step that was stopped and went on tells the time of its last run alone."""
+    return time_text(step.seconds) + (" since it went on" if step.notes.get("resumed") else "")
 
 
 def time_text(seconds: float) -> str:

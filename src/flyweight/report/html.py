@@ -9,7 +9,7 @@ import jinja2
 
 from flyweight.artifact import Manifest, Measurement
 from flyweight.report import plots
-from flyweight.report.card import limits, machine_line, settings_line, time_text, what
+from flyweight.report.card import limits, machine_line, settings_line, step_time, what
 from flyweight.report.figures import change, interval, label, model_name, number, ordered, show
 from flyweight.report.layers import layer_tables
 
@@ -124,7 +124,7 @@ def steps(manifest: Manifest) -> list[dict[str, Any]]:
                 "place": place,
                 "name": step.name,
                 "settings": settings_line(step),
-                "time": time_text(step.seconds),
+                "time": step_time(step),
                 "quality": _moved(after, before, "quality", "share"),
                 "parameters": _moved(after, before, "nonzero_parameters", "weights"),
                 "bytes": _moved(after, before, "bytes", "B"),

@@ -30,7 +30,7 @@ def fallbacks(step: StepRecord) -> list[str]:
     gate = step.notes.get("gate")
     if not isinstance(gate, Mapping):
         return []
-    changed = [f"{row['layer']} to {row['became']}" for row in _rows(gate) if row.get("became") != "kept"]
+    changed = _fallen(gate)
     said = [f"Gate on the validation examples: {_told(gate)}"]
     return [*said, *([f"Fallen back: {', '.join(changed)}."] if changed else [])]
 
@@ -58,19 +58,21 @@ def _mix(step: StepRecord) -> Iterator[LayerTable]:
     mixed = step.notes.get("mixed")
     if not isinstance(mixed, Mapping):
         return
-    told = (
-        f"The linears of the blocks take {mixed['bits_per_weight']:.3f} bits a weight, scales included; "
-        f"{mixed['budget']:g} were allowed{_over(mixed)}. "
-        "Each alone, rounded to nearest, moves the output of its block by the share told."
-    )
+    first = ", as the acceptance rule came first" if _fallen(step.notes.get("gate")) else ""
+    over = f": {mixed['over_budget']:,} bytes more than the budget{first}" if mixed.get("over_budget") else ""
+    bits = f"The linears of the blocks take {mixed['bits_per_weight']:.3f} bits a weight, scales included"
+    allowed = f"; {mixed['budget']:g} were allowed"
+    if "max_megabytes" in mixed:  # what was allowed is told of all weights then
+        allowed = f". All weights take {mixed['megabytes']:g} MB; {mixed['max_megabytes']:g} were allowed"
+    told = f"{bits}{allowed}{over}. Each alone, rounded to nearest, moves the output of its block by the share told."
     rows = [(str(row["layer"]), str(row["bits"]), f"{100 * row['error'] ** 0.5:.2f} %") for row in _rows(mixed)]
     yield LayerTable("Bits by layer", told, ("layer", "bits", "moves its block by"), rows)
 
 
-def _over(mixed: Mapping[str, Any]) -> str:
-    """Where the gate broke the budget, by how much."""
-    over = mixed.get("over_budget")
-    return f": {over:,} bytes more than the budget, as the acceptance rule came first" if over else ""
+def _fallen(gate: Any) -> list[str]:
+    """What the gate changed, `layer to bits` each."""
+    rows = _rows(gate) if isinstance(gate, Mapping) else []
+    return [f"{row['layer']} to {row['became']}" for row in rows if row.get("became") != "kept"]
 
 
 def _told(gate: Mapping[str, Any]) -> str:

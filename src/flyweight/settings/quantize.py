@@ -80,6 +80,8 @@ class QuantizeSettings(TeacherSettings):
             raise ValueError("a symmetric grid of 1 bit has a single point: use scheme binary or asymmetric")
         if self.activations != "none" and self.granularity == "group":
             raise ValueError("groups have no integer kernel: set activations to none")
+        if self.method == "train" and self.bias_correction:
+            raise ValueError("bias_correction goes with weights that were not trained: method train learns its biases")
         if self.method == "hqq" and self.scheme != "asymmetric":
             raise ValueError("method hqq fits zero-points: set scheme to asymmetric")
         if self.method not in ("nearest", "train") and self.scheme in ("ternary", "binary"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from flyweight.training.objective import answer
 from flyweight.training.predict import outputs, predict
 from flyweight.training.watch import tap
 
-__all__ = ["Top", "answers", "identity", "tap", "top", "top_answers"]
+__all__ = ["Top", "answers", "identity", "kept", "tap", "top", "top_answers"]
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,24 @@ def answers(
     is made again. Raises StorageError when it cannot be written.
     """
     name = content_hash(key, replace(data, labels=None).content_hash(), "answers")[:32]
-    path = cache / f"{name}.npy"
-    found = _read(path, len(data), progress)
-    if found is not None:
-        return found
-    with placed(teacher.model, find_device(device)), simulate(teacher):
-        found = predict(teacher, data, progress=progress, what="asking the teacher")
-    made = found
-    write_atomically(path, lambda file: np.save(file, made, allow_pickle=False))
-    return made
+
+    def ask() -> NDArray[np.float32]:
+        with placed(teacher.model, find_device(device)), simulate(teacher):
+            return predict(teacher, data, progress=progress, what="asking the teacher")
+
+    return kept(cache / f"{name}.npy", len(data), ask, progress)
+
+
+def kept(path: Path, count: int, ask: Callable[[], NDArray[np.float32]], progress: Progress) -> NDArray[np.float32]:
+    """Answers to `count` examples, [count, ...] float32, from the file or else asked for and written there.
+
+    A damaged file is made again. Raises StorageError when it cannot be written.
+    """
+    found = _read(path, count, progress)
+    if found is None:
+        found = made = ask()
+        write_atomically(path, lambda file: np.save(file, made, allow_pickle=False))
+    return found
 
 
 def top_answers(
@@ -119,10 +128,10 @@ def top_answers(
         made = outputs(
             teacher.model, packed, data, pad=teacher.encoder.pad, progress=progress, what="asking the teacher"
         )
-    kept = Top(made[:, :k].copy(), made[:, k : 2 * k].astype(np.int32), made[:, 2 * k].copy())
-    parts: dict[str, Any] = {"values": kept.values, "indices": kept.indices, "rest": kept.rest}
+    held = Top(made[:, :k].copy(), made[:, k : 2 * k].astype(np.int32), made[:, 2 * k].copy())
+    parts: dict[str, Any] = {"values": held.values, "indices": held.indices, "rest": held.rest}
     write_atomically(path, lambda file: np.savez(file, **parts))
-    return kept
+    return held
 
 
 def _read_top(path: Path, shape: tuple[int, int], progress: Progress) -> Top | None:
@@ -146,9 +155,9 @@ def _read(path: Path, count: int, progress: Progress) -> NDArray[np.float32] | N
     try:
         found: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        progress.note(f"{path} is damaged ({error}): asking the teacher again")
+        progress.note(f"{path} is damaged ({error}): making it again")
         return None
     if found.dtype != np.float32 or found.shape[:1] != (count,):
-        progress.note(f"{path} holds something else: asking the teacher again")
+        progress.note(f"{path} holds something else: making it again")
         return None
     return found

@@ -22,11 +22,14 @@ from flyweight.artifact import Measurement
 from flyweight.errors import StepError
 from flyweight.measure.quality import difference, quality, resamples
 from flyweight.measure.verdict import accept
+from flyweight.methods.quantize.kept import parts_of
 from flyweight.methods.quantize.ladder import Unit, climb, units_of
 from flyweight.methods.quantize.sensitivity import chosen, site_errors
 from flyweight.models.activations import simulate
 from flyweight.runtime import neutral_batch
-from flyweight.training import predict
+from flyweight.training import checkpoint, predict
+from flyweight.training.device import weights
+from flyweight.training.teacher import kept
 
 if TYPE_CHECKING:
     from flyweight.artifact import Verdict
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Gate", "open_gate"]
 
 RANKED = 512  # examples that the metric is taken on to rank layers; all of them decide
+BATCH = 64
 CANDIDATES = 16  # layers that the metric is taken of, the worst by output error
 NO_DATA = "give --validation F or --train F (without labels: more texts in --calibrate)"
 Outputs = NDArray[np.float32]
@@ -127,15 +131,22 @@ class Gate:
     def answers(self, examples: Examples | None = None) -> Outputs:
         """Of the model as it stands, its activations rounded as the engine rounds them; on all examples, or on a few.
 
-        A few are taken in batches even where answers depend a little on their neighbours there: enough to rank layers.
+        A few are taken in batches even where answers depend a little on their neighbours there: enough to rank layers. All are
+        kept below `Context.work`, by the content of the model: a killed run, begun again, goes the same way to where it was.
         """
         work = self.work
         view = replace(work.bundle, quantized=work.codes, activations=work.settings.activations)
+        batch = neutral_batch(view.activations) if examples is None else BATCH
+        asked = self.examples if examples is None else examples
         self.evaluations += 1
-        with simulate(view):
-            if examples is not None:
-                return predict(view, examples)
-            return predict(view, self.examples, batch_size=neutral_batch(view.activations))
+
+        def ask() -> Outputs:
+            with simulate(view):
+                return predict(view, asked, batch_size=batch)
+
+        codes = {name: parts_of(one) for name, one in view.quantized.items()}
+        about = checkpoint.content_hash(view.activations, batch, asked.content_hash(), weights(view.model), codes)
+        return kept(work.context.work / "gate" / f"{about[:32]}.npy", len(asked), ask, work.context.progress)
 
     def look_at_float(self) -> None:
         """Before anything is changed: what float cannot do, no fallback can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flyweight.artifact import QuantizedTensor
+from flyweight.methods.quantize.work import widest
 from flyweight.models.bundle import OPTIONAL, Codes
 from flyweight.training import checkpoint
 
@@ -31,9 +32,15 @@ class Kept:
 
     def __init__(self, work: Work, stage: str, block: Block) -> None:
         self.folder = work.context.work / stage / block.name
-        about = (work.settings.model_dump(), work.context.seed, block.module.state_dict(), block.inputs)
-        self.key = checkpoint.content_hash(stage, *about)
+        names = {target.parameter: (name, *target.grid) for name, target in work.targets.items()}
+        own = {name: names.get(f"{block.name}.{name}") for name, _ in block.module.named_parameters()}
+        sparse = sorted(name for name in work.bundle.sparse if name.startswith(f"{block.name}."))
+        about = (work.settings.model_dump(), widest(work.settings), work.context.seed, own, sparse)
+        seen = (block.module.state_dict(), block.inputs, block.float_outputs, block.calls)
+        self.key = checkpoint.content_hash(stage, *about, *seen)
         self.state = checkpoint.load(self.folder, self.key, work.context.progress.note)
+        if self.state is not None:
+            work.context.progress.note(f"{block.name}: {stage} was done before this run")
 
     def keep(self, state: Mapping[str, Any]) -> None:
         """Raises StorageError."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -151,10 +151,18 @@ def account(work: Work) -> None:
         assert megabytes is not None
         whole = _taken(work, {name: value.numel() for name, value in work.bundle.model.named_parameters()})
         over = whole - int(8e6 * megabytes)
+        note |= {"megabytes": round(whole / 8e6, 4), "max_megabytes": megabytes}
         told = f"the weights take {whole / 8e6:.4f} MB, more than max_megabytes {megabytes:g}"
     if over > 0:
         note["over_budget"] = math.ceil(over / 8)
-        work.context.progress.note(f"warning: {told}: the acceptance rule came first")
+        first = ": the acceptance rule came first" if _fell_back(work.notes) else ""
+        work.context.progress.note(f"warning: {told}{first}")
+
+
+def _fell_back(notes: Mapping[str, Any]) -> bool:
+    """Whether the gate, by the step's notes, gave a layer more bits than it had."""
+    layers = notes.get("gate", {}).get("layers", ())
+    return any(row["became"] != "kept" for row in layers)
 
 
 def _taken(work: Work, sizes: Mapping[str, int]) -> int:
