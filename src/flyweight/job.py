@@ -17,6 +17,7 @@ from flyweight.data import Examples
 from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import DataError, EngineError, ModelError, SettingsError, StepError
+from flyweight.measure.environment import environment
 from flyweight.methods.distill.student import kept_layers, open_student
 from flyweight.methods.distill.width import check_narrower
 from flyweight.methods.quantize.work import targets_of, widest
@@ -39,14 +40,14 @@ CODE = (
         "tasks",
         "training",
         "calibration.py",
+        "hessian.py",
         "engines",
         "data.py",
         "splits.py",
         "tokenization.py",
         "artifact.py",
     ),
-    *("measure/flops.py", "measure/size.py"),  # figures of an entry
-    *("measure/quality.py", "measure/verdict.py", "runtime.py"),  # what the gate decides by
+    *("measure", "runtime.py"),  # figures of an entry, what the gate decides by, what a wish is met by
 )
 WIDEST = 8  # bits that a layer may have, given or fallen back to
 LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
@@ -190,7 +191,7 @@ def check_data(recipe: Recipe, task: Task) -> None:
     """Every step has the data it needs. Raises SettingsError."""
     for number, step in enumerate(recipe.steps):
         settings, place = step.settings, f"steps[{number}] {step.name}"
-        calibrated = isinstance(settings, QuantizeSettings) and settings.calibrated
+        calibrated = isinstance(settings, PruneSettings | QuantizeSettings) and settings.calibrated
         if calibrated and recipe.data.calibrate is None and recipe.data.train is None:
             raise SettingsError(
                 f"texts to calibrate {place} on", "none", "give --calibrate F, or data.calibrate in the recipe"
@@ -329,8 +330,8 @@ def prefix_keys(
     keys = [content_key(*first)]
     for step in recipe.steps:
         outside = outside_hashes(step, texts)
-        if isinstance(step.settings, PruneSettings) and step.settings.target == "vocabulary":
-            outside += vocabulary_inputs(step.settings, splits)
+        if isinstance(step.settings, PruneSettings):
+            outside += prune_inputs(step.settings, splits)
         if isinstance(step.settings, QuantizeSettings):
             outside += quantize_inputs(recipe, step.settings, splits)
         keys.append(content_key(keys[-1], step.as_data(), outside))
@@ -340,7 +341,7 @@ def prefix_keys(
 def samples(recipe: Recipe) -> int:
     """How many texts the steps calibrate on; a file given for it is read even where no step looks at them: without labels
     the rest of it is what is measured on."""
-    settings = [step.settings for step in recipe.steps if isinstance(step.settings, QuantizeSettings)]
+    settings = [step.settings for step in recipe.steps if isinstance(step.settings, PruneSettings | QuantizeSettings)]
     return max((one.samples for one in settings if one.calibrated or recipe.data.calibrate is not None), default=0)
 
 
@@ -353,11 +354,17 @@ def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) 
     return [*rule, splits.calibration.content_hash()]
 
 
-def vocabulary_inputs(settings: PruneSettings, splits: Splits) -> list[str]:
-    """What decides which tokens stay, beside model and training data."""
+def prune_inputs(settings: PruneSettings, splits: Splits) -> list[str]:
+    """What a prune step depends on beside model and training data: its texts, and the machine that a wish is met on."""
+    found = []
+    if settings.speedup is not None and settings.cost == "latency":
+        about = environment()
+        found.append(f"{about['cpu']}, {settings.engine}")
     if settings.corpus is not None:
-        return [path_hash(settings.corpus)]
-    return [] if splits.calibration is None else [splits.calibration.content_hash()]
+        return [*found, path_hash(settings.corpus)]
+    if splits.calibration is None or not (settings.calibrated or settings.target == "vocabulary"):
+        return found
+    return [*found, splits.calibration.content_hash()]
 
 
 def path_hash(path: Path) -> str:
