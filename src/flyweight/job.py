@@ -17,7 +17,7 @@ from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError, ModelError, SettingsError
 from flyweight.methods.distill.student import kept_layers
-from flyweight.methods.quantize.work import targets_of, widest
+from flyweight.methods.quantize.work import REDUCED_BITS, targets_of, widest
 from flyweight.models.bundle import Bundle
 from flyweight.models.families import FAMILIES
 from flyweight.models.load import load, origin_hash, resolve
@@ -46,7 +46,6 @@ CODE = (
     *("measure/flops.py", "measure/size.py"),  # figures of an entry
     *("measure/quality.py", "measure/verdict.py", "runtime.py"),  # what the gate decides by
 )
-WIDEST = 8  # bits that a layer may have, given or fallen back to
 LIBRARIES = ("torch", "transformers", "tokenizers", "onnx")
 
 
@@ -227,8 +226,8 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
             continue
         student = bundle if settings.student is None else open_other(recipe, task, bundle, settings.student)
         check_fit(bundle, student, teacher)
-        shaped = shaped if student is bundle else student
         if student is not bundle:
+            shaped = student
             depth = len(next(iter(blocks(student.model, student.family).values())))
         if depth is not None:
             depth = len(kept_layers(settings.layers, depth))
@@ -297,7 +296,7 @@ def samples(recipe: Recipe) -> int:
 def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) -> list[str]:
     """What a quantize step depends on beside model and training data: its texts, the rule that its gate holds, the CPU."""
     rule = [] if settings.gate == "off" else [recipe.accept.model_dump_json()]
-    rule += ["reduced range"] if widest(settings) < WIDEST else []  # `auto` depends on the machine
+    rule += ["reduced range"] if widest(settings) == REDUCED_BITS else []  # `auto` depends on the machine
     if splits.calibration is None or not (settings.calibrated or rule):
         return rule
     return [*rule, splits.calibration.content_hash()]
