@@ -19,7 +19,7 @@ LAYERS = (
     ("flyweight", "__main__", "cli"),
     ("api", "finish"),
     ("serve", "search", "report"),
-    ("compare", "inspection", "job", "plan", "recipe", "run", "samples"),
+    ("checks", "compare", "inspection", "job", "keys", "plan", "recipe", "run", "samples"),
     ("steps",),
     ("methods", "measure", "parity"),
     ("runtime",),

@@ -100,10 +100,8 @@ def test_steps_that_need_labels_are_refused_before_the_others_run(tiny, train):
 
 def test_groups_that_do_not_divide_are_refused_before_anything_runs(tiny, train):
     """Unless heads or neurons go first: what is left of them may fit."""
-    model, grouped = (
-        tiny("bert", labels=("no", "yes")),
-        {"activations": "none", "granularity": "group", "group_size": 24},
-    )
+    model = tiny("bert", labels=("no", "yes"))
+    grouped = {"activations": "none", "granularity": "group", "group_size": 24}
     with pytest.raises(StepError, match="a group_size that divides the 32 inputs of bert"):
         prepare(recipe(model, ("finetune", QUICK), ("quantize", grouped), train=train))
     narrower = ("prune", {"target": "neurons", "amount": 0.25})

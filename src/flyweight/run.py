@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from flyweight import artifact
 from flyweight.artifact import Manifest, StepRecord
+from flyweight.checks import open_other
 from flyweight.context import Context
 from flyweight.data import Columns
 from flyweight.engines import onnxruntime
 from flyweight.errors import StepError
 from flyweight.golden import TEXTS
-from flyweight.job import Job, open_other
+from flyweight.job import Job
 from flyweight.measure.memory import OwnPeak
 from flyweight.measure.size import part_bytes, weights
 from flyweight.measure.static import static_figures
@@ -129,8 +130,7 @@ def examples(job: Job, number: int, bundle: Bundle) -> dict[str, Any]:
 def reopen(job: Job, number: int) -> Bundle:
     """The model after `number` steps, from the cache, with this run's tokenization limits."""
     bundle = restore(job.cache.prefix(job.keys[number]))
-    limits = job.bundle.encoder
-    return replace(bundle, encoder=bundle.encoder._replace(max_length=limits.max_length, truncate=limits.truncate))
+    return replace(bundle, encoder=bundle.encoder._replace(truncate=job.bundle.encoder.truncate))
 
 
 def keep(job: Job, number: int, bundle: Bundle) -> None:

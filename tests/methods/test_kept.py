@@ -37,9 +37,9 @@ def keys(tiny: Tiny, tmp_path: Path, change: str, **settings: Any) -> dict[str, 
         targets[name] = targets[name]._replace(grid=targets[name].grid._replace(bits=4))
     work = Work(bundle, asked, here, targets)
     found = {}
-    for block in walk(bundle, texts(bundle), wanted=change != "unwanted"):
-        if change == "what is wanted" and block.float_outputs is not None:
-            block.float_outputs = [-one for one in block.float_outputs]
+    for block in walk(bundle, texts(bundle), wanted=True):
+        if change == "what is wanted":
+            block.float_outputs = [-one for one in block.wanted]
         found[block.name] = Kept(work, "stage", block).key
     return found
 

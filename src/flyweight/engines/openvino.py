@@ -36,7 +36,8 @@ __all__ = ["LEAST_BITS", "PACKED", "available", "compiled", "load", "open", "ope
 
 _CORES: list[Any] = []
 _MAKING = threading.Lock()
-PROBE, APART = (8, 12), 0.05  # texts and tokens looked at; share of an answer that a few roundings may move it by
+PROBE = (8, 12)  # texts and tokens that static int8 is looked at on
+APART = 0.05  # share of an answer that a few roundings may move it by
 NAME, TELEMETRY = "openvino", "openvino_telemetry"
 LEAST_BITS = 3
 PACKED = f"linears of at least {LEAST_BITS} bits where inputs stay in float, as OpenVINO unpacks no fewer"
@@ -105,7 +106,7 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
     Nothing is cached on disk. A file of static int8 is changed for speed (`prepared`), left as it is where that is answered
     wrongly, and refused where both are. profile: keep the time of every kernel. Raises EngineError, MissingExtra.
     """
-    openvino, core = load(), shared_core()
+    core, name = shared_core(), f"OpenVINO {load().__version__.partition('-')[0]}"
     if not Path(path).is_file():
         raise EngineError(f"an ONNX file at {path}", "no such file", "export the model again")
     options = {
@@ -134,15 +135,11 @@ def compiled(path: Path, threads: int = 1, profile: bool = False) -> Any:
         if "only a constant as a B input" in reason:
             raise EngineError(PACKED, "1 or 2", "use engine onnxruntime or torch") from None
         raise EngineError(
-            f"an ONNX file that OpenVINO {openvino.__version__.partition('-')[0]} runs at {path}",
+            f"an ONNX file that {name} runs at {path}",
             f"'{reason}'",
             "use engine onnxruntime, which runs all that Flyweight exports, or torch",
         ) from None
-    raise EngineError(
-        f"OpenVINO {openvino.__version__.partition('-')[0]} to answer as onnxruntime does on {path}",
-        "other answers",
-        "use engine onnxruntime",
-    )
+    raise EngineError(f"{name} to answer as onnxruntime does on {path}", "other answers", "use engine onnxruntime")
 
 
 def _right(compiled: Any, path: Path) -> bool:

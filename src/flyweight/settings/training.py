@@ -45,7 +45,8 @@ class TeacherSettings(TrainSettings):
     """What learning from a teacher's answers takes (Hinton et al. 2015)."""
 
     teacher: str = "reference"
-    """`reference` (the model after `finetune`), or a model folder or artifact with the same vocabulary and labels."""
+    """`reference` (the model after `finetune`), or a model folder or artifact with the same labels. One that reads other tokens
+    teaches by its answers alone."""
     temperature: float = Field(2.0, gt=0)
     """T: softens both distributions."""
     alpha: Share = 0.7
@@ -64,6 +65,11 @@ class TeacherSettings(TrainSettings):
     def teachers(self) -> tuple[str, ...]:
         """All that are named, `teacher` first."""
         return (self.teacher,)
+
+    @property
+    def inside(self) -> str:
+        """The settings in use that compare teacher and student token by token, or nothing."""
+        return "hidden_weight" if self.hidden_weight else ""
 
 
 class DistillSettings(TeacherSettings):
@@ -131,3 +137,8 @@ class DistillSettings(TeacherSettings):
     @property
     def teachers(self) -> tuple[str, ...]:
         return (self.teacher, *self.more_teachers)
+
+    @property
+    def inside(self) -> str:
+        names = ("hidden_weight", "embedding_weight", "attention_weight", "relation_weight", "augment")
+        return ", ".join(name for name in names if getattr(self, name))

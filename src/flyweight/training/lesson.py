@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from flyweight.training.distillation import Live, Terms
 from flyweight.training.imitation import imitation
 from flyweight.training.loop import TrainResult, train
 from flyweight.training.objective import Objective, keep_zeros
-from flyweight.training.pair import check_fit, check_length, check_top, check_width
+from flyweight.training.pair import check_fit, check_length, check_tokens, check_top, check_width, same_tokens
 from flyweight.training.predict import validation
 from flyweight.training.teacher import Top, answers, identity, top_answers
 
@@ -58,16 +58,24 @@ def texts(settings: TeacherSettings, context: Context) -> list[Examples]:
     return parts
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """parts: see `texts`; key: `identity(teacher)`; others: further teachers with theirs, whose answers count as well"""
+class Asked(NamedTuple):
+    """A teacher, its `identity`, and the texts of a lesson in its own tokens."""
 
-    parts: list[Examples]
     teacher: Bundle
     key: str
+    parts: list[Examples]
+    held: Examples | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """parts: see `texts`; held: validation examples, or None; both in the student's tokens. asked: all teachers in order"""
+
+    parts: list[Examples]
+    held: Examples | None
+    asked: tuple[Asked, ...]
     settings: TeacherSettings
     context: Context
-    others: tuple[tuple[Bundle, str], ...] = ()
 
     @classmethod
     def of(
@@ -81,23 +89,46 @@ class Lesson:
     ) -> Lesson:
         """Raises StepError, before anything runs, where teachers, student, data and settings do not fit.
 
-        bundle: the model at hand, whose tokenizer made the examples
+        bundle: the model at hand, whose tokenizer made the examples. Whoever reads other tokens gets them read anew.
         """
-        parts = texts(settings, context)
+
+        def seen_by(who: str, one: Bundle) -> Context:
+            if same_tokens(one, bundle):
+                return context
+            if context.reread is None:
+                check_tokens(who, one, "the model at hand", bundle)
+            return context.seen_by(one)
+
+        own = seen_by("the student", student)
+        parts, asked = texts(settings, own), []
         for one in (teacher, *others):
-            check_fit(bundle, student, one)
-            for part in parts:
-                check_length(part, student, one)
+            check_fit(student, one)
+            if settings.inside:
+                check_tokens("the student", student, f"the teacher for {settings.inside}", one)
+            theirs = own if same_tokens(one, student) else seen_by("the teacher", one)
+            asked.append(Asked(one, identity(one), texts(settings, theirs), theirs.validation))
+            for reader, some in ((student, parts), (one, asked[-1].parts)):
+                for part in some:
+                    check_length(part, reader)
             if not context.task.labelled:
                 check_width(student.model.config.hidden_size, one.model.config.hidden_size)
         if isinstance(settings, DistillSettings):
             check_top(settings.top_k, teacher)
-        return cls(parts, teacher, identity(teacher), settings, context, tuple((one, identity(one)) for one in others))
+        return cls(parts, own.validation, tuple(asked), settings, context)
+
+    @property
+    def teacher(self) -> Bundle:
+        return self.asked[0].teacher
+
+    @property
+    def others(self) -> list[Bundle]:
+        return [one.teacher for one in self.asked[1:]]
 
     @property
     def identity(self) -> str:
         """Of all teachers together."""
-        return content_hash(self.key, [key for _, key in self.others]) if self.others else self.key
+        first, *others = (one.key for one in self.asked)
+        return content_hash(first, others) if others else first
 
     @property
     def examples(self) -> Examples:
@@ -109,10 +140,10 @@ class Lesson:
         return np.concatenate([np.full(len(part), part.labels is not None) for part in self.parts])
 
     def targets(self) -> NDArray[np.float32] | None:
-        """The teacher's answers to all examples; each file's are cached by themselves. None where alpha is 0."""
+        """The first teacher's answers to all examples; each file's are cached by themselves. None where alpha is 0."""
         if self.settings.alpha == 0 and self.context.task.labelled:
             return None
-        return np.concatenate([self.ask(part) for part in self.parts])
+        return np.concatenate([self._ask(answers, self.asked[0], part) for part in self.asked[0].parts])
 
     def every_target(self) -> list[NDArray[np.float32] | Top]:
         """One entry a teacher, as the settings want them kept; empty where answers are not compared."""
@@ -121,39 +152,41 @@ class Lesson:
             return []
         k = settings.top_k if isinstance(settings, DistillSettings) else None
         found: list[NDArray[np.float32] | Top] = []
-        for teacher in ((self.teacher, self.key), *self.others):
+        for one in self.asked:
             if k is None:
-                found.append(np.concatenate([self._ask(answers, teacher, part) for part in self.parts]))
+                found.append(np.concatenate([self._ask(answers, one, part) for part in one.parts]))
             else:
                 kept = partial(top_answers, k=k, temperature=settings.temperature)
-                found.append(Top.join([self._ask(kept, teacher, part) for part in self.parts]))
+                found.append(Top.join([self._ask(kept, one, part) for part in one.parts]))
         return found
 
     def live(self, rate: float) -> Live:
         """All teachers, to be asked about texts changed at this rate."""
-        changes = Changes.of(rate, self.context.seed, self.examples, self.teacher)
-        return Live([self.teacher, *(one for one, _ in self.others)], changes)
+        return Live([self.teacher, *self.others], Changes.of(rate, self.context.seed, self.examples, self.teacher))
 
-    def ask(self, data: Examples) -> NDArray[np.float32]:
-        return self._ask(answers, (self.teacher, self.key), data)
-
-    def _ask(self, how: Callable[..., Kept], teacher: tuple[Bundle, str], data: Examples) -> Kept:
+    def _ask(self, how: Callable[..., Kept], one: Asked, data: Examples) -> Kept:
         context = self.context
         cache = context.teacher_cache or context.work / "teacher"
-        return how(*teacher, data, cache, context.progress, context.device)
+        return how(one.teacher, one.key, data, cache, context.progress, context.device)
 
     def held_back(self) -> Examples | None:
         """Validation examples; where a task has no labels, with the teacher's answers in their place."""
-        held = self.context.validation
+        held = self.held
         if held is None or not len(held) or self.context.task.labelled or held.labels is not None:
             return held
-        return replace(held, labels=self.ask(held))
+        return replace(held, labels=self._of_held())
 
     def teacher_metric(self) -> float | None:
         held, task = self.held_back(), self.context.task
         if held is None or held.labels is None or not len(held):
             return None
-        return task.metrics(self.ask(held), held)[task.metric]
+        return task.metrics(self._of_held(), held)[task.metric]
+
+    def _of_held(self) -> NDArray[np.float32]:
+        """The first teacher's answers to the validation examples."""
+        first = self.asked[0]
+        assert first.held is not None  # the student's are the same texts
+        return self._ask(answers, first, first.held)
 
     def run(
         self,

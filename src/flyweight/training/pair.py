@@ -10,7 +10,7 @@ from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.models.bundle import Bundle
 
-__all__ = ["check_fit", "check_length", "check_top", "check_width", "layer_map"]
+__all__ = ["check_fit", "check_length", "check_tokens", "check_top", "check_width", "layer_map", "same_tokens"]
 
 
 def layer_map(given: str | Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
@@ -40,13 +40,8 @@ def layer_map(given: str | Sequence[int] | None, student_depth: int, teacher_dep
     return list(given)
 
 
-def check_fit(bundle: Bundle, student: Bundle, teacher: Bundle) -> None:
-    """Refuse a pair whose inputs or outputs do not mean the same. Raises StepError naming both sizes.
-
-    bundle: the model at hand, whose tokenizer made the examples
-    """
-    _same_vocabulary("the student", student, "the teacher", teacher)
-    _same_vocabulary("the student", student, "the model at hand", bundle)
+def check_fit(student: Bundle, teacher: Bundle) -> None:
+    """Refuse a pair whose answers do not mean the same. Raises StepError naming both sizes."""
     if student.labels != teacher.labels:
         mine, theirs = (len(b.labels or ()) for b in (student, teacher))
         detail = f"teacher {_named(teacher.labels)}, student {_named(student.labels)}"
@@ -77,10 +72,9 @@ def check_top(k: int | None, teacher: Bundle) -> None:
         )
 
 
-def check_length(data: Examples, student: Bundle, teacher: Bundle) -> None:
-    """Raises StepError when an example is longer than either model can read."""
-    limit = min(student.encoder.max_length, teacher.encoder.max_length)
-    longest = int(np.max(data.lengths, initial=0))
+def check_length(data: Examples, reader: Bundle) -> None:
+    """Raises StepError when an example is longer than the model can read."""
+    limit, longest = reader.encoder.max_length, int(np.max(data.lengths, initial=0))
     if longest > limit:
         raise StepError(
             f"examples of at most {limit} tokens, the limit of student and teacher",
@@ -89,8 +83,14 @@ def check_length(data: Examples, student: Bundle, teacher: Bundle) -> None:
         )
 
 
-def _same_vocabulary(who: str, one: Bundle, whom: str, other: Bundle) -> None:
-    mine, theirs = (bundle.encoder.tokenizer.get_vocab(with_added_tokens=True) for bundle in (one, other))
+def same_tokens(one: Bundle, other: Bundle) -> bool:
+    """Whether two models read a text as the same numbers, by their vocabularies."""
+    return _vocabulary(one) == _vocabulary(other)
+
+
+def check_tokens(who: str, one: Bundle, whom: str, other: Bundle) -> None:
+    """Raises StepError naming both vocabularies where the tokens of two models are not the same."""
+    mine, theirs = _vocabulary(one), _vocabulary(other)
     if mine == theirs:
         return
     same = sum(theirs.get(token) == number for token, number in mine.items())
@@ -99,6 +99,11 @@ def _same_vocabulary(who: str, one: Bundle, whom: str, other: Bundle) -> None:
         f"a vocabulary of {len(mine)}, {same} of which agree",
         "choose models that share a tokenizer",
     )
+
+
+def _vocabulary(bundle: Bundle) -> dict[str, int]:
+    found: dict[str, int] = bundle.encoder.tokenizer.get_vocab(with_added_tokens=True)
+    return found
 
 
 def _named(labels: Sequence[str] | None) -> str:

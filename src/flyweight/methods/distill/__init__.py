@@ -61,7 +61,7 @@ def _taught(lesson: Lesson, student: Bundle, settings: DistillSettings, inside: 
     )
     with ExitStack() as stack:
         stack.enter_context(evaluating(lesson.teacher.model))
-        for other, _ in lesson.others if live is not None else ():
+        for other in lesson.others if live is not None else ():
             stack.enter_context(evaluating(other.model))
             stack.enter_context(placed(other.model, find_device(lesson.context.device)))
         return lesson.run(student, objective, settings, "distilling", "student")
@@ -96,7 +96,7 @@ def _check(settings: DistillSettings, context: Context) -> None:
 
 def _control(lesson: Lesson, student: Bundle, settings: DistillSettings) -> TrainResult:
     """The same start, seed and number of steps on the labels alone."""
-    data = lesson.context.train
+    data = next((part for part in lesson.parts if part.labels is not None), None)
     assert data is not None  # `_check` refuses control without labels
     total = math.ceil(settings.epochs * math.ceil(len(lesson.examples) / settings.batch_size))
     steps = min(total, settings.max_steps or total)

@@ -280,7 +280,7 @@ def learn_shape(
     gates = Gates({**groups(bundle, "layers"), **groups(bundle, "heads"), **groups(bundle, "neurons")})
     targets = lesson.targets()
     objective = L0(
-        *(bundle, settings, () if targets is None else (targets,), lesson.labelled, None, lesson.key),
+        *(bundle, settings, () if targets is None else (targets,), lesson.labelled, None, lesson.identity),
         teacher=teacher,
         gates=gates,
         price=price,

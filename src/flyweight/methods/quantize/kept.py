@@ -32,10 +32,10 @@ class Kept:
 
     def __init__(self, work: Work, stage: str, block: Block) -> None:
         self.folder = work.context.work / stage / block.name
-        names = {target.parameter: (name, *target.grid) for name, target in work.targets.items()}
-        own = {name: names.get(f"{block.name}.{name}") for name, _ in block.module.named_parameters()}
-        sparse = sorted(name for name in work.bundle.sparse if name.startswith(f"{block.name}."))
-        about = (work.settings.model_dump(), widest(work.settings), work.context.seed, own, sparse)
+        inside = f"{block.name}."
+        grids = {name: target.grid for name, target in work.targets.items() if name.startswith(inside)}
+        sparse = sorted(name for name in work.bundle.sparse if name.startswith(inside))
+        about = (work.settings.model_dump(), widest(work.settings), work.context.seed, grids, sparse)
         seen = (block.module.state_dict(), block.inputs, block.float_outputs, block.calls)
         self.key = checkpoint.content_hash(stage, *about, *seen)
         self.state = checkpoint.load(self.folder, self.key, work.context.progress.note)

@@ -155,7 +155,7 @@ def _train(work: Work, lesson: Lesson, fake: Fake, shares: Sequence[int]) -> dic
             weight, mask = surgery.weight_2d(target.owner), masks[target.parameter]
             fake.weights[target.parameter] = WeightQuantizer.begin(weight, grid, mask)
         targets = [one for one in (first, former) if one is not None]
-        objective = _Aware(work.bundle, stage, targets, lesson.labelled, hidden, lesson.key)
+        objective = _Aware(work.bundle, stage, targets, lesson.labelled, hidden, lesson.identity)
         objective.scales = fake.parameters()
         with fake_quantized(work, fake):
             settings = stage.model_copy(update={"max_steps": count})
