@@ -367,8 +367,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
     for changes, text in (
         ({"teacher": three}, r"student's 2 labels in the student's order, got one with 3 labels \(teacher \['bad'"),
         ({"teacher": swapped}, r"2 labels .* got one with 2 labels \(teacher \['positive', 'negative'\]"),
-        ({"teacher": roberta}, rf"same tokens as the teacher \({theirs} of them\), got a vocabulary of {size}"),
-        ({"student": roberta}, rf"same tokens as the teacher \({size} of them\), got a vocabulary of {theirs}"),
+        ({"teacher": roberta}, rf"same tokens as the model at hand \({size} of them\), got a vocabulary of {theirs}"),
+        ({"student": roberta}, rf"same tokens as the model at hand \({size} of them\), got a vocabulary of {theirs}"),
         ({"layers": (0, 4)}, "layers from 0 to 3, got layer 4"),
         ({"layer_map": (0, 1)}, "hidden_weight above 0"),
         ({"layer_map": (0, 1, 2), "hidden_weight": 1.0}, "2 numbers in layer_map"),

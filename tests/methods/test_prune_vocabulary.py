@@ -27,6 +27,8 @@ from flyweight.settings import PruneSettings
 from flyweight.steps import STEPS
 from flyweight.tasks import task_named
 from flyweight.training import predict
+from flyweight.training.distillation import Distillation
+from flyweight.training.pair import same_tokens
 from tiny import SENTENCES
 from training_cases import open_bundle
 
@@ -309,6 +311,59 @@ def test_vectors_are_held_against_the_reference_in_its_own_tokens(tiny, files):
     assert figures["result"]["quality.cosine"].value == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["text-classification", "embedding"])
+def test_the_reference_teaches_a_model_of_fewer_tokens(tiny, files, monkeypatch, task):
+    """Asked in its own tokens: the answers learned from are those that it gives to the texts as it reads them."""
+    asked = []
+
+    class Watched(Distillation):
+        def __init__(self, student, settings, targets, *rest, **more):
+            super().__init__(student, settings, targets, *rest, **more)
+            asked.append((student, targets))
+
+    monkeypatch.setattr("flyweight.methods.distill.Distillation", Watched)
+    steps = ("prune", {"target": "vocabulary", "amount": 0.5}), ("distill", {"max_steps": 1, "learning_rate": 1e-9})
+    first = (("finetune", QUICK),) if task == "text-classification" else ()
+    whole = recipe(tiny("bert"), files, *first, *steps, task=task)
+    manifest = api.run_recipe(whole, files.folder / "out")
+    job = prepare(whole)
+    reference = reopen(job, job.leading)
+    ((student, targets),) = asked
+    assert len(student.tokenizer) < len(reference.tokenizer)
+    assert np.allclose(targets[0], predict(reference, job.read_by(reference)[0].train), atol=1e-5)
+    held = job.read_by(reference)[0].validation
+    if task == "text-classification":
+        metric = task_named(task).metrics(predict(reference, held), held)["accuracy"]
+        assert manifest.steps[-1].notes["teacher_metric"] == pytest.approx(metric)
+
+
+def test_a_student_and_a_teacher_of_other_vocabularies(tiny, files):
+    """The teacher's answers go to the texts, whoever reads them; what is made reads as the student did."""
+    mpnet, bert = tiny("mpnet", seed=1), tiny("bert", seed=2)
+    school = files.folder / "school"
+    api.run_recipe(recipe(mpnet, files, ("finetune", QUICK)), school)
+    notes = {}
+    for name, model, step in (
+        ("student", mpnet, {"student": str(bert)}),
+        ("teacher", bert, {"teacher": str(school)}),
+    ):
+        whole = recipe(model, files, ("finetune", QUICK), ("distill", {**QUICK, **step}))
+        notes[name] = api.run_recipe(whole, files.folder / name).steps[-1].notes
+        job = prepare(whole)
+        made = reopen(job, 2)
+        assert made.family.model_type == "bert"
+        assert same_tokens(made, open_bundle(bert, "embedding"))
+        assert not same_tokens(made, open_bundle(mpnet, "embedding"))
+        with open_model(files.folder / name) as model:
+            answers = model.predict(SENTENCES[:3])
+        assert len(answers) == 3
+    assert notes["student"]["teacher_metric"] == notes["teacher"]["teacher_metric"]
+    for step in ({"student": str(bert), "hidden_weight": 1.0}, {"student": str(bert), "augment": 0.1}):
+        (name,) = set(step) - {"student"}
+        with pytest.raises(StepError, match=f"same tokens as the teacher for {name}"):
+            prepare(recipe(mpnet, files, ("finetune", QUICK), ("distill", {**QUICK, **step})))
+
+
 def test_what_the_corpus_says_is_part_of_the_cached_prefix(tiny, files):
     one, other = (write(files.folder / f"{name}.jsonl", [name]) for name in ("film", "plot"))
     keys = [
@@ -335,8 +390,9 @@ def test_a_plan_takes_the_blocks_for_whole(tiny, files):
 
 def test_recipes_with_a_vocabulary_step_are_refused_before_anything_runs(tiny, files):
     step = ("prune", {"target": "vocabulary"})
-    with pytest.raises(StepError, match=r"steps\[1\] distill before the vocabulary is pruned"):
-        prepare(recipe(tiny("bert", labels=("no", "yes")), files, step, ("distill", QUICK)))
+    inside = ("distill", {**QUICK, "hidden_weight": 1.0})
+    with pytest.raises(StepError, match=r"steps\[1\] distill with hidden_weight before the vocabulary is pruned"):
+        prepare(recipe(tiny("bert", labels=("no", "yes")), files, step, inside))
     with pytest.raises(SettingsError, match=r"texts whose tokens stay .* --corpus"):
         prepare(recipe(tiny("bert"), files, step, task="embedding", train=None))
     missing = ("prune", {"target": "vocabulary", "corpus": str(files.folder / "none.jsonl")})
