@@ -1,4 +1,4 @@
-"""The row of times that every table has: all candidates in turn within each round, in one process."""
+"""Times: all candidates in turn within each round, in one process; as a row of their own, or of two beside each other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from contextlib import suppress
 import numpy as np
 
 from benchmarks.runner import Job, Result, Row, load, reason
+from flyweight.artifact import Measurement
 from flyweight.engines.engine import Predictor
-from flyweight.measure.latency import Point, Timing, latency_figures, latency_ratio, time_calls
+from flyweight.measure.latency import Point, Samples, Timing, latency_figures, latency_ratio, time_calls
 
 POINTS = (Point(1, 32), Point(1, 128), Point(32, 128))
 TIMING = Timing(rounds=60, limit_s=240.0)
+Figures = dict[str, Measurement]
 
 
 def interleaved(
@@ -24,6 +26,24 @@ def interleaved(
     """
     timed = [row for row in rows if row.open is not None and load(job.table, row.name) is not None]
     opened, notes = _open(job, timed)
+    return Result(told(taken_in_turn(job, opened, vocabulary, points), against), notes=notes)
+
+
+def beside(job: Job, result: Predictor, reference: Predictor, vocabulary: int, points: Sequence[Point]) -> Figures:
+    """`latency_ms...` and `speedup@POINT` of a result, against the reference in the same rounds. Closes both."""
+    taken = taken_in_turn(job, {"result": result, "reference": reference}, vocabulary, points)
+    result.close()
+    reference.close()
+    figures = latency_figures(taken, "result", threads=1)
+    for point, samples in taken.items():
+        figures[f"speedup@{point}"] = latency_ratio(samples["result"], samples["reference"])
+    return figures
+
+
+def taken_in_turn(
+    job: Job, opened: Mapping[str, Predictor], vocabulary: int, points: Sequence[Point]
+) -> dict[Point, Samples]:
+    """Milliseconds; finished shapes are kept below the row's work."""
     timing = Timing(rounds=3, limit_s=1.0, least=3) if job.trial else TIMING
     taken = {}
     for point in points[:1] if job.trial else points:
@@ -35,14 +55,20 @@ def interleaved(
             kept.with_suffix(".new").replace(kept)
         with np.load(kept) as found:
             taken[point] = {name: found[name] for name in opened}
-    figures = {}
-    for name in opened:
+    return taken
+
+
+def told(taken: Mapping[Point, Samples], against: Mapping[str, str]) -> Figures:
+    """Of every candidate, its name before its figures."""
+    names = list(dict.fromkeys(name for samples in taken.values() for name in samples))
+    figures: Figures = {}
+    for name in names:
         figures |= {f"{name}:{key}": value for key, value in latency_figures(taken, name, threads=1).items()}
         for key, other in against.items():
-            if other in opened:
+            if other in names:
                 for point, samples in taken.items():
                     figures[f"{name}:{key}@{point}"] = latency_ratio(samples[name], samples[other])
-    return Result(figures, notes=notes)
+    return figures
 
 
 def _open(job: Job, rows: Sequence[Row]) -> tuple[dict[str, Predictor], list[str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks import sanity
+from benchmarks.models import CALIBRATION, HELD_OUT, MINILM, MPNET
 from benchmarks.quantization import classes, page, vectors
-from benchmarks.quantization.models import CALIBRATION, HELD_OUT, MINILM, MPNET
 from benchmarks.runner import Table
 
 ABOUT = f"""Models: {MINILM.title} (22.7M weights) and {MPNET.title} (109.5M), both real fp32. Texts: Rotten Tomatoes sentences

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
-from benchmarks.quantization.classes import SEEDS, row_name
+from benchmarks.aims import Line, at_least, at_most
+from benchmarks.models import MINILM, MPNET, Model
+from benchmarks.quantization.classes import row_name
 from benchmarks.quantization.found import Found
-from benchmarks.quantization.models import MINILM, MPNET, Model
 from benchmarks.quantization.variants import CLASSES, TRAINED
 from benchmarks.table import DASH, interval
+from benchmarks.tuned import SEEDS
 from flyweight.artifact import Measurement
 
 POINTS = {"int8-static": 0.5, "2bit-train": 2.0, "ternary-train": 3.0, "binary-train": 5.0}
 """Points of accuracy that may be lost at the 95 % lower bound; what is not here may lose FOUR."""
 FOUR = 1.0
 RUNGS = ("reconstruct", "gptq", "awq", "nearest")
-
-
-class Line(NamedTuple):
-    """One line of the table of aims."""
-
-    what: str
-    aim: str
-    figure: str
-    met: bool | None
-
-    @property
-    def verdict(self) -> str:
-        return DASH if self.met is None else "met" if self.met else "**not met**"
 
 
 def lines(found: Found) -> Iterator[Line]:
@@ -62,21 +50,6 @@ def int8(found: Found, model: Model) -> Iterator[Line]:
     yield at_least(found, there, "quality.cosine", 0.999, f"{title}, same file in OpenVINO: mean cosine", "{:.5f}")
     other = f"{title}, same file in OpenVINO: speed over NNCF's int8 at 1x128"
     yield at_least(found, times, f"{there}:vs_openvino_nncf@1x128", 0.95, other)
-
-
-def at_least(found: Found, row: str, key: str, aim: float, what: str, form: str = "{:.2f}") -> Line:
-    return _line(found.figure(row, key), what, f">= {aim:g}", form, 1.0, lambda value: value >= aim)
-
-
-def at_most(found: Found, row: str, key: str, aim: float, what: str, form: str = "{:.2f}", scale: float = 1.0) -> Line:
-    return _line(found.figure(row, key), what, f"<= {aim:g}", form, scale, lambda value: value * scale <= aim)
-
-
-def _line(
-    figure: Measurement | None, what: str, aim: str, form: str, scale: float, holds: Callable[[float], bool]
-) -> Line:
-    text = interval(None if figure is None else figure.model_dump(), form, scale)
-    return Line(what, aim, text, None if figure is None else holds(figure.value))
 
 
 def within(found: Found, model: Model, key: str, summary: str) -> Line:

@@ -5,31 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import peers, runner
-from benchmarks.quality import accuracy
-from benchmarks.quantization.command import made, own_cache
-from benchmarks.quantization.models import MINILM, MPNET, Model, sentences
+from benchmarks import peers, tuned
+from benchmarks.command import made
+from benchmarks.models import MINILM, Model, sentences
 from benchmarks.quantization.variants import CLASSES, THREE, TRAINED, Variant, arguments
-from benchmarks.quantization.vectors import QUICK
 from benchmarks.runner import Job, Result, Row
-from flyweight import api, artifact
+from benchmarks.tuned import SEEDS, TASK, data
+from flyweight import artifact
 from flyweight.artifact import Measurement
 from flyweight.data import Examples
 from flyweight.engines import onnxruntime
 from flyweight.engines.engine import Predictor, engine_named
-from flyweight.measure.quality import answers
 from flyweight.measure.size import disk
-from flyweight.settings import DataSettings, FinetuneSettings
-from flyweight.splits import read_labelled, read_unlabelled
-from flyweight.tasks import task_named
+from flyweight.settings import DataSettings
+from flyweight.splits import read_unlabelled
 from flyweight.tokenization import open_encoder
 
-TASK = task_named("text-classification")
-SEEDS = (0, 1, 2)
-TUNING = {
-    MINILM.key: FinetuneSettings(epochs=3, learning_rate=5e-5),
-    MPNET.key: FinetuneSettings(epochs=1, learning_rate=3e-5),  # one epoch is 17 minutes on 2 cores
-}
 STACK = ("bytes.attention", "bytes.mlp")
 
 
@@ -38,48 +29,16 @@ def row_name(model: Model, key: str, seed: int) -> str:
 
 
 def reference(job: Job, model: Model) -> Path:
-    return job.near(row_name(model, "fp32", job.seed)) / "artifact"
-
-
-def data(job: Job) -> dict[str, Path]:
-    """train and eval of the labelled split; a trial takes some rows of each."""
-    files = job.data
-    if not job.trial:
-        return {"train": files.train, "eval": files.eval}
-    short = {}
-    for name, path, size in (("train", files.train, 120), ("eval", files.eval, 40)):
-        short[name] = runner.WORK / job.table / f"{name}.jsonl"
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        lines = lines[:: len(lines) // size]  # they stand in order of their hash, which decides what is for validation
-        short[name].parent.mkdir(parents=True, exist_ok=True)
-        short[name].write_text("".join(lines), encoding="utf-8")
-    return short
+    return tuned.folder(model, job.seed)
 
 
 def make_reference(model: Model) -> Callable[[Job], Result]:
     """A fine-tuned model: an artifact with torch weights and an fp32 ONNX file."""
-
-    def run(job: Job) -> Result:
-        out = reference(job, model)
-        if not artifact.is_artifact(out):
-            settings = TUNING[model.key].model_copy(update={"max_steps": 4} if job.trial else {})
-            own_cache(job)
-            given = {"task": TASK.name, "seed": job.seed, "measure": QUICK, "train": data(job)["train"]}
-            api.run_step("finetune", str(model.folder()), settings, out=out, **given)
-        return judged(job, model, engine_named("torch").open(out), disk(out, "torch")["bytes"])
-
-    return run
+    return lambda job: tuned.make(job, model)
 
 
 def judged(job: Job, model: Model, predictor: Predictor, size: Measurement) -> Result:
-    """Accuracy on the held-out examples one by one, and bytes."""
-    folder = reference(job, model)
-    manifest = artifact.read_manifest(folder)
-    encoder = open_encoder(folder, manifest.pad_token_id, manifest.max_length)
-    held_out = read_labelled(data(job)["eval"], DataSettings(), TASK, encoder, manifest.labels)
-    right = TASK.scores(answers(predictor, held_out, manifest.pad_token_id, batch_size=1), held_out)
-    predictor.close()
-    return Result({**accuracy(right), "bytes": size}, right.tolist())
+    return tuned.judge(job, reference(job, model), predictor, size)
 
 
 def run_variant(model: Model, variant: Variant) -> Callable[[Job], Result]:

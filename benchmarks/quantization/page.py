@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import sanity
+from benchmarks.command import BESIDE
+from benchmarks.models import MINILM, MPNET, Model
 from benchmarks.quality import METRIC
 from benchmarks.quantization import aims, classes, vectors
-from benchmarks.quantization.command import BESIDE
 from benchmarks.quantization.found import Found
-from benchmarks.quantization.models import MINILM, MPNET, Model
 from benchmarks.quantization.variants import LADDER
 from benchmarks.runner import Row, Table, failure, load
 from benchmarks.table import DASH, footer, interval, line
+from benchmarks.tuned import SEEDS
 from flyweight.artifact import Measurement
 
 VECTORS = (
@@ -139,7 +140,7 @@ def _classes(table: Table, found: Found, model: Model) -> Iterator[str]:
     for key, summary in keys.items():
         seeds = found.seeds(model, key)
         first = classes.row_name(model, key, seeds[0]) if seeds else ""
-        failed = [failure(table.name, classes.row_name(model, key, seed)) for seed in classes.SEEDS]
+        failed = [failure(table.name, classes.row_name(model, key, seed)) for seed in SEEDS]
         missing = "" if seeds else " (failed)" if any(failed) else " (not run)"
         drop = None if key == "fp32" else found.drop(model, key)
         cells = [f"{summary}{missing}", _show(found.figure(first, "bytes"), "{:.1f}", 1e-6)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.quantization.models import CALIBRATION
+from benchmarks.models import CALIBRATION
 
 
 class Variant(NamedTuple):

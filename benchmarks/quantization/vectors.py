@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.command import made, own_cache
 from benchmarks.latency import interleaved
-from benchmarks.quantization.command import made, own_cache
-from benchmarks.quantization.models import MINILM, Model, sentences
+from benchmarks.models import MINILM, Model, sentences
 from benchmarks.quantization.variants import VECTORS, Variant, arguments
 from benchmarks.runner import Job, Result, Row
+from benchmarks.tuned import QUICK
 from flyweight import api, artifact
 from flyweight.artifact import Measurement
 from flyweight.data import Examples
@@ -21,13 +22,12 @@ from flyweight.engines.engine import Predictor, engine_named
 from flyweight.measure.quality import answers, quality, resamples
 from flyweight.measure.size import disk
 from flyweight.recipe import Recipe
-from flyweight.settings import DataSettings, MeasureSettings
+from flyweight.settings import DataSettings
 from flyweight.splits import read_unlabelled
 from flyweight.tasks import task_named
 from flyweight.tokenization import open_encoder
 
 TASK = task_named("embedding")
-QUICK = MeasureSettings(rounds=3, batches=(1,), lengths=(32,), leave_out=("memory", "energy"))
 Make = Callable[[Path, Path, Examples, int], None]  # source ONNX, target, calibration examples, pad id
 
 
@@ -76,7 +76,7 @@ def make_reference(model: Model) -> Callable[[Job], Result]:
         folder = reference(job, model)
         if not artifact.is_artifact(folder):
             recipe = Recipe(model=str(model.folder()), task=TASK.name, measure=QUICK)
-            own_cache(job)
+            own_cache(job.work)
             api.run_recipe(recipe, folder)
         np.save(job.work / "fp32.npy", vectors(job, model, engine_named("torch").open(folder)))
         return judged(job, model, engine_named("torch").open(folder), disk(folder, "torch")["bytes"])

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import sample_manifest
-from benchmarks import quantization, reviews, runner
-from benchmarks.quantization import aims, command, models, page, variants
-from benchmarks.quantization.classes import SEEDS, row_name
+from benchmarks import command, models, quantization, reviews, runner
+from benchmarks.models import MINILM, MPNET
+from benchmarks.quantization import aims, page, variants
+from benchmarks.quantization.classes import row_name
 from benchmarks.quantization.found import Found
-from benchmarks.quantization.models import MINILM, MPNET
 from benchmarks.runner import Job, pack_scores
+from benchmarks.tuned import SEEDS
 from flyweight.artifact import write_manifest
 from flyweight.settings import QuantizeSettings
 
