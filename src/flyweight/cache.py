@@ -3,6 +3,7 @@
     <cache>/prefixes/<key>/   a finished step's model (an artifact without engines)
     <cache>/work/<key>/       checkpoints of a step that is not finished yet
     <cache>/teachers/         teacher outputs by content hash
+    <cache>/tables/           what blocks cost in time on this machine
 
 Where it is: FLYWEIGHT_CACHE, else the system's cache folder. Its cap: FLYWEIGHT_CACHE_GB, else 20.
 """
@@ -27,7 +28,7 @@ __all__ = ["Cache", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache. kind: "prefixes" | "work" | "teachers"; used: seconds since the epoch of its last use."""
+    """One thing in the cache. kind: one of `Cache.KINDS`; used: seconds since the epoch of its last use."""
 
     kind: str
     key: str
@@ -39,7 +40,7 @@ class Entry:
 class Cache:
     """A folder; several processes may use it at once, since entries appear by rename only."""
 
-    KINDS = ("prefixes", "work", "teachers")
+    KINDS = ("prefixes", "work", "teachers", "tables")
 
     def __init__(self, root: Path | None = None) -> None:
         named = root or os.environ.get("FLYWEIGHT_CACHE")
@@ -65,6 +66,10 @@ class Cache:
     @property
     def teachers(self) -> Path:
         return self.root / "teachers"
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "tables"
 
     def found(self, key: str) -> bool:
         """Whether the prefix is there; marks it as used."""

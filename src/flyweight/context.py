@@ -70,6 +70,10 @@ class Context:
     device: str | None = None
     teacher_cache: Path | None = None
     """Folder of cached teacher outputs, named by content hash."""
+    tables: Path | None = None
+    """Folder of tables of what blocks cost in time, which runs share; None: they last as long as the step's own state."""
+    threads: int = 1
+    """CPU threads that the result is measured with."""
     columns: Columns = field(default_factory=partial(Columns, label=None))
     """Where further files that a step names have their texts."""
     reread: Callable[[Bundle], dict[str, Any]] | None = None

@@ -36,7 +36,9 @@ __all__ = [
     "inverse",
     "lost",
     "relative",
+    "ridge",
     "sweep",
+    "tried",
 ]
 
 TRIES = 4
@@ -125,11 +127,12 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     """[in, in] float64: `damping` times the mean diagonal of the live inputs is added to theirs, and the mean to dead ones; tied
     to no other input, their weights neither move nor make others move."""
     made = gram.clone()
-    made.diagonal().add_(_ridge(gram, damping))
+    made.diagonal().add_(ridge(gram, damping))
     return made
 
 
-def _ridge(gram: Tensor, damping: float) -> Tensor:
+def ridge(gram: Tensor, damping: float) -> Tensor:
+    """[in]: what `damped` adds to the diagonal."""
     diagonal = gram.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=gram.dtype, device=gram.device)
@@ -162,7 +165,7 @@ def factor(gram: Tensor, damping: float, name: str, sort: bool = True) -> Factor
         found, failed = torch.linalg.cholesky_ex(whole, upper=True)
         return None if failed or not _finite(found) else found
 
-    return Factor(order, *_tried(damping, name, upper))
+    return Factor(order, *tried(damping, name, upper))
 
 
 class Inverse(NamedTuple):
@@ -176,8 +179,8 @@ class Inverse(NamedTuple):
 def inverse(gram: Tensor, damping: float, name: str) -> Inverse:
     """Of [in, in] float64, damped by a share of its mean diagonal. Raises StepError naming the layer as `factor`."""
 
-    matrix, share = _tried(damping, name, lambda share: _inverse(damped(gram, share)))
-    return Inverse(matrix, _ridge(gram, share), share)
+    matrix, share = tried(damping, name, lambda share: _inverse(damped(gram, share)))
+    return Inverse(matrix, ridge(gram, share), share)
 
 
 def best_of(weight: Tensor, gram: Tensor, columns: Sequence[int], damping: float, name: str) -> Tensor:
@@ -194,7 +197,7 @@ def best_of(weight: Tensor, gram: Tensor, columns: Sequence[int], damping: float
         found = None if failed else torch.cholesky_solve(rows @ weight.t().to(rows.dtype), lower).t()
         return None if found is None or not _finite(found) else found
 
-    return _tried(damping, name, solved)[0].to(weight.dtype)
+    return tried(damping, name, solved)[0].to(weight.dtype)
 
 
 def _inverse(hessian: Tensor) -> Tensor | None:
@@ -209,7 +212,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum()))
 
 
-def _tried(damping: float, name: str, attempt: Callable[[float], Tensor | None]) -> tuple[Tensor, float]:
+def tried(damping: float, name: str, attempt: Callable[[float], Tensor | None]) -> tuple[Tensor, float]:
     """What the attempt makes of the Hessian, at the first share of damping that lets it."""
     for number in range(TRIES):
         share = damping * 10**number

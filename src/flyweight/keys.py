@@ -49,7 +49,7 @@ def prefix_keys(
     for step in recipe.steps:
         outside = outside_hashes(step, texts)
         if isinstance(step.settings, PruneSettings):
-            outside += prune_inputs(step.settings, splits)
+            outside += prune_inputs(recipe, step.settings, splits)
         if isinstance(step.settings, QuantizeSettings):
             outside += quantize_inputs(recipe, step.settings, splits)
         keys.append(content_key(keys[-1], step.as_data(), outside))
@@ -72,12 +72,15 @@ def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) 
     return [*rule, splits.calibration.content_hash()]
 
 
-def prune_inputs(settings: PruneSettings, splits: Splits) -> list[str]:
+def prune_inputs(recipe: Recipe, settings: PruneSettings, splits: Splits) -> list[str]:
     """What a prune step depends on beside model and training data: its texts, and the machine that a wish is met on."""
     found = []
     if settings.speedup is not None and settings.cost == "latency":
         about = environment()
-        found.append(f"{about['cpu']}, {settings.engine}")
+        version = about["versions"].get(settings.engine, "none")
+        found.append(f"{about['cpu']}, {settings.engine} {version}, {recipe.measure.threads} threads")
+    if settings.table is not None:
+        found.append(path_hash(settings.table, "a table of costs, or an artifact that has one"))
     if settings.corpus is not None:
         return [*found, path_hash(settings.corpus)]
     if splits.calibration is None or not (settings.calibrated or settings.target == "vocabulary"):
@@ -85,10 +88,10 @@ def prune_inputs(settings: PruneSettings, splits: Splits) -> list[str]:
     return [*found, splits.calibration.content_hash()]
 
 
-def path_hash(path: Path) -> str:
+def path_hash(path: Path, what: str = "a file of texts") -> str:
     """Of a file, or of all files of a folder. Raises DataError for none."""
     if not path.exists():
-        raise DataError("a file of texts", f"no such file: {path}", "check the path")
+        raise DataError(what, f"no such file: {path}", "check the path")
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     return content_key([artifact.known_hash(one) for one in files])
 

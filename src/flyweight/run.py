@@ -108,6 +108,8 @@ def make_context(job: Job, number: int, bundle: Bundle, work: Path) -> Context:
         accept=job.recipe.accept,
         progress=job.progress,
         teacher_cache=job.cache.teachers,
+        tables=job.cache.tables,
+        threads=job.recipe.measure.threads,
         columns=Columns(job.recipe.data.text, job.recipe.data.text_pair, None),
         reread=partial(examples, job, number),
         **examples(job, number, bundle),

@@ -34,14 +34,14 @@ def bundle(tiny):
 
 
 @pytest.fixture
-def context(tmp_path):
-    return make(tmp_path)
+def context(tmp_path, bundle):
+    return make(tmp_path, reference=bundle.copy())
 
 
-def make(folder, task="text-classification", **changes) -> Context:
+def make(folder, task="text-classification", reference=None, **changes) -> Context:
     given = {"train": examples(40), "validation": examples(16, seed=9), "device": "cpu", **changes}
     return Context(
-        task=task_named(task), seed=3, work=folder / "work", reference=lambda: None, load=lambda _: None, **given
+        task=task_named(task), seed=3, work=folder / "work", reference=lambda: reference, load=lambda _: None, **given
     )
 
 
@@ -268,7 +268,7 @@ def engine(monkeypatch):
 
 
 def test_a_wish_in_time_is_raced_until_it_is_met(bundle, context, engine, tmp_path):
-    context.teacher_cache = tmp_path / "cache" / "teachers"
+    context.tables, context.threads = tmp_path / "cache" / "tables", 3
     before = flops_of(bundle)
     given = settings(speedup=1.25, engine="openvino", precision="int8", shape=(2, 32))
     assert (given.criterion, given.restore) == ("fisher", "linear")
@@ -277,12 +277,63 @@ def test_a_wish_in_time_is_raced_until_it_is_met(bundle, context, engine, tmp_pa
     assert context.notes["wish"]["low"] >= 0.97 * 1.25
     assert len(context.notes["wish"]["tries"]) > 1  # the table's own promise was not kept
     assert len(FakeRace.opened) == len(context.notes["wish"]["tries"])
-    ((terms, folder),) = engine
-    assert (terms.engine, terms.precision, tuple(terms.point)) == ("openvino", "int8", (2, 32))
+    assert "start" not in context.notes["wish"]  # the model at hand is the reference
+    first, second = engine  # before anything is scored, and for the shapes
+    assert first == second
+    terms, folder = first
+    assert (terms.engine, terms.precision, tuple(terms.point), terms.threads) == ("openvino", "int8", (2, 32), 3)
     assert folder == tmp_path / "cache" / "tables"
     assert context.notes["block_error"]
     assert context.notes["costs"]["unit"] == "FLOP"
     json.dumps(context.notes)
+
+
+@pytest.mark.parametrize("cost", ["latency", "flops", "bytes"])
+def test_a_second_wish_counts_from_the_reference_too(bundle, context, engine, cost):
+    """1.15x, then 1.35x of the same reference: the second step removes what is between them, not 1.35x more."""
+    costs = costing.byte_costs(bundle) if cost == "bytes" else costing.flop_costs(bundle, 16)
+    whole, reference = costs.total(surgery.shapes(bundle.model, bundle.family)), flops_of(bundle)
+    shape = {"cost": cost, "shape": (1, 16), "criterion": "magnitude", "restore": "none"}
+    prune(bundle, settings(speedup=1.15, **shape), context)
+    between = dict(context.notes["wish"])
+    bundle_costs = costing.byte_costs(bundle) if cost == "bytes" else costing.flop_costs(bundle, 16)
+    prune(bundle, settings(speedup=1.35, **shape), context)
+    after = costs.total(surgery.shapes(bundle.model, bundle.family))
+    wish = context.notes["wish"]
+    assert bundle_costs.unit == costs.unit
+    assert wish["start"] == pytest.approx(between["speedup"], abs=1e-3)
+    if cost == "latency":
+        assert wish["speedup"] == pytest.approx(1 / (0.3 + 0.7 * flops_of(bundle) / reference), abs=1e-3)
+    else:
+        assert wish["speedup"] == wish["predicted"] == pytest.approx(whole / after, abs=1e-3)
+    assert 1.35 <= wish["speedup"] <= 1.05 * 1.35
+    with pytest.raises(
+        StepError, match=r"a speedup above 1\.\d+, which the model at hand has .* already, got 1\.2; leave"
+    ):
+        prune(bundle, settings(speedup=1.2, **shape), context)
+
+
+def test_a_second_wish_is_refused_with_what_the_reference_can_come_to(bundle, context):
+    shape = {"cost": "flops", "shape": (1, 16), "criterion": "magnitude", "restore": "none"}
+    most = [one_refusal(bundle, settings(speedup=99, **shape), context)]
+    prune(bundle, settings(speedup=1.2, **shape), context)
+    most.append(one_refusal(bundle, settings(speedup=99, **shape), context))
+    assert most[0] == most[1]  # the least shapes are the same, and so is what they are told against
+
+
+def one_refusal(bundle, given, context):
+    with pytest.raises(
+        StepError, match=r"a speedup of at most .* every block keeps the least, 1 head and 1 neuron \("
+    ) as e:
+        prune(bundle, given, context)
+    return str(e.value)
+
+
+def test_a_wish_that_nothing_meets_is_refused_before_units_are_scored(bundle, context, engine, monkeypatch):
+    monkeypatch.setattr(pruning, "rank", lambda *_: pytest.fail("nothing is to be scored"))
+    for cost in ("latency", "flops"):
+        with pytest.raises(StepError, match="a speedup of at most"):
+            prune(bundle, settings(speedup=1000, cost=cost), context)
 
 
 def test_a_killed_run_takes_gradients_and_races_only_once(tiny, context, engine, monkeypatch):

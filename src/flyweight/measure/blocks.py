@@ -10,6 +10,7 @@ run left them. So between two runs as many bytes pass through the caches as the 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -67,6 +68,8 @@ def latency_costs(
         except (ValueError, StepError) as error:
             progress.note(f"the table of costs in {path} is damaged ({_line(error)}): measuring it again")
         else:
+            with contextlib.suppress(OSError):  # of a cache, what was not used for long goes first
+                os.utime(path)
             progress.note(f"costs of blocks ({terms}) taken from the cache")
             return costs
     table = measure_table(bundle, terms, progress, blocks, timing)
@@ -78,7 +81,11 @@ def latency_costs(
 
 
 def costs_in(path: Path, bundle: Bundle, terms: Terms) -> Costs:
-    """The costs in a table that somebody gives. Raises StepError: no such file, damaged, of another machine, engine or shape."""
+    """The costs in a table that somebody gives: its file, or an artifact that was made by it.
+
+    Raises StepError: no such file, damaged, of another machine, engine or shape; EngineError: the engine is not installed.
+    """
+    check_terms(bundle, terms)
     hint = "leave the table out, and one is measured here"
     try:
         return costs_of(read_table(path, key_of(bundle, terms)))

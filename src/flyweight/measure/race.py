@@ -55,12 +55,15 @@ def ready(bundle: Bundle, terms: Terms, folder: Path) -> Predictor:
 
 
 class Race:
-    """Holds the reference open until its `with` ends; `against` opens a result beside it. Raises as `check_terms`, `ready`."""
+    """Holds the reference open until its `with` ends; `against` opens a result beside it. Raises as `check_terms`, `ready`.
+
+    The two may differ in shapes, vocabulary and family; both run in the precision of the terms.
+    """
 
     def __init__(self, reference: Bundle, terms: Terms, seed: int = 0) -> None:
         check_terms(reference, terms)
         self._terms, self._seed = terms, seed
-        self._vocabulary = int(reference.model.config.vocab_size)
+        self._vocabulary = _vocabulary(reference)
         self._closing = ExitStack()
         try:
             self._reference = self._opened(reference, self._closing)
@@ -78,16 +81,18 @@ class Race:
 
     @contextmanager
     def against(self, bundle: Bundle) -> Iterator[Callable[[int], Measurement]]:
-        """Gives `take(rounds)`: runs both in turn for so many further rounds; the speed-up over all rounds so far."""
+        """Gives `take(rounds)`: runs both in turn for so many further rounds; the speed-up over all rounds so far.
+
+        Both read the same tokens: those that both have.
+        """
         taken: list[Any] = []
+        vocabulary = min(self._vocabulary, _vocabulary(bundle))
         with ExitStack() as closing:
             pair = {"reference": self._reference, "result": self._opened(bundle, closing)}
 
             def take(rounds: int) -> Measurement:
                 timing = Timing(rounds, least=rounds)
-                taken.append(
-                    time_calls(pair, [self._terms.point], self._vocabulary, timing, self._seed)[self._terms.point]
-                )
+                taken.append(time_calls(pair, [self._terms.point], vocabulary, timing, self._seed)[self._terms.point])
                 result, reference = (np.concatenate([part[name] for part in taken]) for name in ("result", "reference"))
                 return latency_ratio(result, reference)
 
@@ -99,3 +104,7 @@ class Race:
         predictor = ready(bundle, self._terms, Path(folder))
         closing.callback(predictor.close)
         return predictor
+
+
+def _vocabulary(bundle: Bundle) -> int:
+    return int(bundle.model.config.vocab_size)

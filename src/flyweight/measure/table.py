@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flyweight.artifact import read_manifest
 from flyweight.errors import StepError
 from flyweight.measure.costs import Costs, Kind, kinds_of, most_units
 from flyweight.measure.environment import cpu_flags, cpu_model, versions
@@ -122,13 +123,13 @@ def file_name(key: Mapping[str, str]) -> str:
 
 
 def read_table(path: Path, key: Mapping[str, str]) -> Table:
-    """The table in a file, for the model, engine and machine that `key` tells.
+    """The table in a file or an artifact, for the model, engine and machine that `key` tells.
 
     Raises StepError for one of another machine, engine or shape (both are named), and FileNotFoundError; ValueError for a file
-    that is damaged.
+    that is damaged; ArtifactError for a folder that is none.
     """
     try:
-        table = Table.model_validate_json(path.read_bytes())
+        table = _of_artifact(path) if path.is_dir() else Table.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
     except FileNotFoundError:
@@ -145,6 +146,17 @@ def read_table(path: Path, key: Mapping[str, str]) -> Table:
                 "leave the table out, and one is measured here",
             )
     return table
+
+
+def _of_artifact(path: Path) -> Table:
+    """The one that its last wish was met by, as `_about` keeps it in the notes of the step. Raises StepError for none."""
+    for step in reversed(read_manifest(path).steps):
+        costs = step.notes.get("costs")
+        if isinstance(costs, dict) and "table" in costs:
+            return Table.model_validate(costs["table"])
+    raise StepError(
+        "an artifact with a table of costs", f"none in {path}", "name one that was pruned by speedup and cost latency"
+    )
 
 
 def costs_of(table: Table) -> Costs:
@@ -247,7 +259,9 @@ def _multiple(table: Table) -> int:
 
 
 def _about(table: Table, costs: Costs) -> dict[str, Any]:
-    """For the record: `additive` is the measured time of probes that change several kinds, against the sum."""
+    """For the record: `additive` is the measured time of probes that change several kinds, against the sum; `table` is all that
+    the costs follow from, for later runs.
+    """
     anchor = table.rows[0].probe
     several = [
         row.ms / predicted(costs, row.probe) - 1
@@ -264,6 +278,7 @@ def _about(table: Table, costs: Costs) -> dict[str, Any]:
         "odd_neurons": {str(k): round(max(seen for seen, _ in found), 4) for k, found in _odd(table).items()},
         "base_ms": round(costs.base, 4),
         "block_ms": {stack: round(value, 4) for stack, value in costs.block.items()},
+        "table": table.model_dump(mode="json"),
     }
 
 

@@ -27,16 +27,22 @@ class PruneSettings(TeacherSettings):
     threshold: float | None = Field(None, gt=0)
     """`target: weights` only: remove what is smaller in magnitude than this."""
     speedup: float | None = Field(None, gt=1)
-    """Heads and neurons: instead of `amount` how many times less the result shall take; what every block keeps is chosen under
-    that budget by a table of costs (Kurtic et al. 2023, section 3)."""
+    """Heads and neurons: instead of `amount` how many times less the result shall take than the reference, the model after
+    `finetune`: what earlier steps gained is part of it. What every block keeps is chosen under that budget by a table of costs
+    (Kurtic et al. 2023, section 3)."""
     cost: Literal["latency", "flops", "bytes"] = "latency"
-    """What `speedup` counts. `latency`: measured on `engine` on this machine, and met by the exported model."""
+    """What `speedup` counts. `latency`: measured on `engine` on this machine with the threads of `measure`, and met by the
+    exported model."""
     engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
     """`cost: latency`: the engine that the model is meant for."""
     precision: Literal["fp32", "int8"] = "fp32"
-    """`cost: latency`: what the model will run in; int8 where it is quantized afterwards."""
+    """`cost: latency`: what the model will run in; int8 where it is quantized afterwards. The reference is timed in the same, so
+    what int8 itself gains comes on top."""
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 128)
     """`cost: latency` and `flops`: batch and tokens that are counted at."""
+    table: Path | None = None
+    """`cost: latency`: an artifact of an earlier run with `speedup`, whose table of what blocks cost is taken, or a file of the
+    cache's folder `tables`. It has to be of this machine, engine and shape. By default the cache has it, or it is measured."""
     criterion: Literal["magnitude", "random", "taylor", "fisher", "hessian", "wanda", "cosine", "loss"] = "magnitude"
     """What goes first. `magnitude`: L1 norm; `taylor`: |gradient x weight| on the user's data (Michel et al. 2019; Molchanov et
     al. 2017); `fisher`: squared gradients of masks (Kwon et al. 2022; the default with `speedup`); `hessian`: least change of a
@@ -81,6 +87,8 @@ class PruneSettings(TeacherSettings):
             raise ValueError("speedup goes with target heads, neurons or heads+neurons")
         if self.speedup is not None and self.amount is not None:
             raise ValueError("amount and speedup are two wishes: give one")
+        if self.table is not None and (self.speedup is None or self.cost != "latency"):
+            raise ValueError("table goes with speedup and cost latency")
         if self.target == "weights":
             self._consistent_weights()
         else:

@@ -13,8 +13,8 @@ from flyweight.methods.prune import structured
 from flyweight.methods.prune.l0 import Price, learn_shape
 from flyweight.methods.prune.scores import Group, groups
 from flyweight.methods.prune.shapes import kind_of, units_of
-from flyweight.methods.prune.wish import SURE
-from flyweight.methods.prune.wished import costs_for, here, terms
+from flyweight.methods.prune.wish import SURE, measured, narrow
+from flyweight.methods.prune.wished import against, costs_for, here, terms
 from flyweight.models import surgery
 
 if TYPE_CHECKING:
@@ -24,25 +24,23 @@ if TYPE_CHECKING:
 
 __all__ = ["price_of", "prune_by_gates"]
 
-ROUNDS = 48
-"""That the result races the model at hand for."""
-
 
 def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
     """Train until a shape is settled and on to the end, and cut it, in place. Returns the step's notes.
 
-    With `speedup` the shape costs so many times less by `settings.cost`, with `amount` that share of the blocks' weights goes.
-    How fast the result is is measured and told: a training is not repeated for what a table was wrong by. Raises StepError as
-    `learn_shape` does.
+    With `speedup` the shape costs so many times less than the reference by `settings.cost`, with `amount` that share of the
+    blocks' weights goes. How fast the result is is measured and told: a training is not repeated for what a table was wrong by.
+    Raises StepError as `learn_shape` and `wished.against` do.
     """
-    before = here(bundle.copy()) if settings.cost == "latency" and settings.speedup is not None else None
     shapes = surgery.shapes(bundle.model, bundle.family)
     if settings.speedup is None:
         assert settings.amount is not None
         costs, share = byte_costs(bundle), 1 - settings.amount
         price = price_of(costs, shapes, base=0.0)
     else:
-        costs, share = costs_for(bundle, settings, context), 1 / settings.speedup
+        costs = costs_for(bundle, settings, context)
+        with against(bundle, costs, settings, context) as wish:
+            share = wish.whole / settings.speedup / costs.total(shapes)
         price = price_of(costs, shapes, base=costs.base)
     keep, training = learn_shape(bundle, settings, context, price, share)
     parts = groups(bundle, settings.target)
@@ -59,8 +57,8 @@ def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) ->
         "training": training,
         "price": {"share": share, "kept": price.total(keep) / price.whole, "unit": costs.unit},
     }
-    if before is not None:
-        found["wish"] = _raced(before, bundle, settings, context)
+    if settings.speedup is not None and settings.cost == "latency":
+        found["wish"] = {**_raced(bundle, settings, context), **wish.notes}
     return {**notes, **found}
 
 
@@ -81,16 +79,18 @@ def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
     return Price(base, parts)
 
 
-def _raced(before: Bundle, after: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
+def _raced(after: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
     assert settings.speedup is not None
-    with Race(before, terms(settings), context.seed) as race, race.against(here(after)) as take:
-        found = take(ROUNDS)
+    reference = here(context.reference())
+    with Race(reference, terms(settings, context), context.seed) as race, race.against(here(after)) as take:
+        found = measured(take, settings.speedup)
     low = found.low or 0.0
-    context.progress.note(f"{found.value:.2f}x as fast as before, {settings.speedup:g}x was wished for")
+    context.progress.note(f"{found.value:.2f}x as fast as the reference, {settings.speedup:g}x was wished for")
     return {
         "wish": settings.speedup,
         "speedup": round(found.value, 4),
         "low": round(low, 4),
         "high": None if found.high is None else round(found.high, 4),
+        "narrow": narrow(found),
         "met": low >= SURE * settings.speedup,
     }

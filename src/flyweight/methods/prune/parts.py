@@ -17,7 +17,7 @@ from flyweight.methods.prune.gradual import train_while_pruning
 from flyweight.methods.prune.ranking import rank
 from flyweight.methods.prune.restore import restore, texts
 from flyweight.methods.prune.scores import Scores, groups, random, sample, score
-from flyweight.methods.prune.wished import wished
+from flyweight.methods.prune.wished import check_wish, wished
 from flyweight.training import predict
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def prune_parts(bundle: Bundle, settings: PruneSettings, context: Context) -> di
         structured.check(sizes, settings)
     if settings.criterion == "hessian" or settings.restore != "none":
         texts(settings, context)  # or it would be refused after the scores
+    if settings.speedup is not None:
+        check_wish(bundle, settings, context)  # the same
     measure = _measure(bundle, settings, context)
     loss = {"before": measure(bundle)} if measure else {}
     notes: dict[str, Any] = {}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flyweight.errors import StepError
+from flyweight.hessian import ridge, tried
 
 __all__ = ["LARGEST", "Lack", "factors", "refitted"]
 
-TRIES = 4
 LARGEST = 10.0
 """Factors beyond it, either way, are cut off (Kwon et al. 2022, section 5.3)."""
 
@@ -63,11 +63,11 @@ class Lack:
 def refitted(lack: Lack, damping: float, name: str) -> Tensor:
     """What to add to a linear's weights and bias, [out, in]: D = C (G + l)^-1, which minimizes sum |e - D z|^2 + l |D|^2.
 
-    l is `damping` times the mean diagonal of G; the bias is not damped. With e the dense model's sum less this model's, W + D
-    is the best W' in |W' z + r' - (W_dense z_dense + r_dense)|^2, r the residual streams: what the stream has lost before is
-    made up for as well (knowledge-preserving weight-tuning, Park et al. 2024). Where z and r are still those of the dense
-    model this is the closed form of structured OBS for a whole set of units (Kurtic et al. 2023, section 3.1). Raises
-    StepError, naming the layer, for inputs that are NaN or inf.
+    l is `damping` times the mean diagonal of G, as in `flyweight.hessian`; the bias is not damped. With e the dense model's sum
+    less this model's, W + D is the best W' in |W' z + r' - (W_dense z_dense + r_dense)|^2, r the residual streams: what the
+    stream has lost before is made up for as well (knowledge-preserving weight-tuning, Park et al. 2024). Where z and r are still
+    those of the dense model this is the closed form of structured OBS for a whole set of units (Kurtic et al. 2023, section
+    3.1). Raises StepError, naming the layer, for inputs that are NaN or inf.
     """
     root = _root(lack.gram, damping, len(lack.gram) - lack.biased, name)
     return torch.cholesky_solve(lack.cross.t(), root).t()
@@ -96,17 +96,13 @@ def factors(lack: Lack, weight: Tensor, size: int, damping: float, name: str) ->
 
 def _root(matrix: Tensor, damping: float, inputs: int, name: str) -> Tensor:
     """Cholesky's root with the first `inputs` diagonal entries damped, ten times more where rounding asks for it."""
-    if bool(torch.isfinite(matrix).all()):
-        mean = matrix.diagonal()[:inputs].mean()
-        for number in range(TRIES):
-            damped = matrix.clone()
-            damped.diagonal()[:inputs] += (damping * 10**number * mean).clamp(min=1e-12)
-            root: Tensor
-            root, failed = torch.linalg.cholesky_ex(damped)
-            if not int(failed):
-                return root
-    raise StepError(
-        f"finite activations into {name}, and a damping that is not too small",
-        "NaN or inf, or a singular matrix",
-        "check the model and the texts, or raise damping",
-    )
+    if not torch.isfinite(matrix).all():
+        raise StepError(f"finite activations into {name}", "NaN or inf", "check the model and the texts")
+
+    def root(share: float) -> Tensor | None:
+        made = matrix.clone()
+        made.diagonal()[:inputs] += ridge(matrix[:inputs, :inputs], share)
+        lower, failed = torch.linalg.cholesky_ex(made)
+        return None if int(failed) else lower
+
+    return tried(damping, name, root)[0]

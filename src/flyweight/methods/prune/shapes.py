@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Chosen(Generic[G]):
-    """kept: {group: units}; cost: of the whole model by the table; speedup: the same against the shapes at hand; loss: summed"""
+    """kept: {group: units}; cost: of the whole model by the table; speedup: the reference's against it; loss: summed"""
 
     kept: dict[G, int]
     cost: float
@@ -53,32 +53,35 @@ def choose(
     shapes: Shapes,
     speedup: float,
     multiple_of: int = 1,
+    reference: float | None = None,
 ) -> Chosen[Group]:
-    """The shapes of least loss that cost at most 1/`speedup` of what the model at hand costs.
+    """The shapes of least loss that cost at most 1/`speedup` of what the reference costs.
 
     losses:      {group: [units + 1], the loss of keeping k of its units; entry 0 is not looked at}. Groups that are not
                  there keep all they have
     shapes:      of the model at hand (`surgery.shapes`)
     multiple_of: neurons kept are multiples of this, or all of them
+    reference:   what it costs, by default as much as the model at hand
 
-    Raises StepError where even the cheapest shapes cost more, with the speed-up that they come to, and for NaN in a loss.
+    Raises StepError where even the cheapest shapes cost more, with them and the speed-up they come to, and for NaN in a loss.
     """
     now = costs.total(shapes)
+    reference = now if reference is None else reference
     options = options_of(losses, costs, shapes, multiple_of)
     whole = sum(float(costs.curves[kind_of(group)][units_of(shapes, group)]) for group in losses)
     cheapest = sum(float(one.cost.min()) for one in options.values())
     floor = now - whole + cheapest
-    if floor > now / speedup:
+    if floor > reference / speedup:
         raise StepError(
-            f"a speedup of at most {np.floor(100 * now / floor) / 100:g}, which is what the table of costs gives when "
-            f"every block keeps the least ({floor:.4g} of {now:.4g} {costs.unit})",
+            f"a speedup of at most {np.floor(100 * reference / floor) / 100:g}, which is what the table of costs gives when "
+            f"every block keeps the least, {_least(options)} ({floor:.4g} of {reference:.4g} {costs.unit})",
             f"{speedup:g}",
             "ask for less, or prune layers first",
         )
-    found = best(options, now / speedup - (now - whole))
+    found = best(options, reference / speedup - (now - whole))
     rows = [(options[group], options[group].kept == units) for group, units in found.items()]
     cost = now - whole + sum(float(one.cost[row][0]) for one, row in rows)
-    return Chosen(found, cost, now / cost, sum(float(one.loss[row][0]) for one, row in rows))
+    return Chosen(found, cost, reference / cost, sum(float(one.loss[row][0]) for one, row in rows))
 
 
 def options_of(
@@ -96,6 +99,15 @@ def options_of(
         some = np.unique([*range(step, units, step), units])
         found[group] = Options(some, loss[some], costs.curves[kind_of(group)][some])
     return found
+
+
+def _least(options: Mapping[Group, Options]) -> str:
+    """`1 head and 16 neurons`: the fewest that any block keeps."""
+    fewest: dict[str, int] = {}
+    for group, one in options.items():
+        unit = "neuron" if group.attention is None else "head"
+        fewest[unit] = min(fewest.get(unit, int(one.kept[0])), int(one.kept[0]))
+    return " and ".join(f"{units} {unit}{'s' if units > 1 else ''}" for unit, units in fewest.items())
 
 
 def kind_of(group: Group) -> Kind:

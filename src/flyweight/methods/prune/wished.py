@@ -1,22 +1,28 @@
-"""Heads and neurons under a wish: a table of what they cost, shapes of least loss, and tries until the wish is met."""
+"""Heads and neurons under a wish: a table of what they cost, shapes of least loss, and tries until the wish is met.
+
+A wish counts from the recipe's reference, as all gains do: `speedup: 2.0` after a step that came to 1.5x takes 1.33x more.
+"""
 
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from flyweight.measure.blocks import latency_costs
+from flyweight.errors import StepError
+from flyweight.measure.blocks import costs_in, latency_costs
 from flyweight.measure.costs import Costs, byte_costs, flop_costs
 from flyweight.measure.latency import Point
 from flyweight.measure.race import Race, Terms
 from flyweight.methods.prune import structured
+from flyweight.methods.prune.scores import groups
 from flyweight.methods.prune.shapes import Chosen, choose
-from flyweight.methods.prune.wish import meet
+from flyweight.methods.prune.wish import measured, meet
 from flyweight.models import surgery
 from flyweight.training import checkpoint
 from flyweight.training.device import weights
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
     from flyweight.settings import PruneSettings
 
-__all__ = ["costs_for", "here", "terms", "wished"]
+__all__ = ["Wish", "against", "check_wish", "costs_for", "here", "terms", "wished"]
 
 
 @dataclass(frozen=True)
@@ -42,30 +48,94 @@ class _Made:
 
 
 def costs_for(bundle: Bundle, settings: PruneSettings, context: Context) -> Costs:
-    """By `settings.cost`. Times come from a table in the cache, or are measured. Raises EngineError, ExportError, StepError."""
-    if settings.cost == "flops":
-        return flop_costs(bundle, settings.shape[1])
-    if settings.cost == "bytes":
-        return byte_costs(bundle)
-    return latency_costs(here(bundle), terms(settings), _tables(context), context.progress)
+    """By `settings.cost`. Times come from the table that is given, one in the cache, or are measured.
+
+    Raises EngineError, ExportError, StepError.
+    """
+    if settings.cost != "latency":
+        return _counted(bundle, settings)
+    if settings.table is not None:
+        return costs_in(settings.table, here(bundle), terms(settings, context))
+    folder = context.work / "tables" if context.tables is None else context.tables
+    return latency_costs(here(bundle), terms(settings, context), folder, context.progress)
 
 
-def terms(settings: PruneSettings) -> Terms:
-    return Terms(settings.engine, settings.precision, Point(*settings.shape))
+def _counted(bundle: Bundle, settings: PruneSettings) -> Costs:
+    return byte_costs(bundle) if settings.cost == "bytes" else flop_costs(bundle, settings.shape[1])
 
 
-def _tables(context: Context) -> Path:
-    """Beside the other things that runs share; without a cache they last as long as the step's own state."""
-    return context.work / "tables" if context.teacher_cache is None else context.teacher_cache.with_name("tables")
+def terms(settings: PruneSettings, context: Context) -> Terms:
+    return Terms(settings.engine, settings.precision, Point(*settings.shape), context.threads)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a wish is told against.
+
+    whole: what the recipe's reference costs, in the unit of the table
+    race:  opens a model beside the reference; None where costs are counted
+    notes: JSON: how much faster than the reference the model at hand is, where it is another
+    """
+
+    whole: float
+    race: Race | None
+    notes: dict[str, Any]
+
+
+@contextmanager
+def against(bundle: Bundle, costs: Costs, settings: PruneSettings, context: Context) -> Iterator[Wish]:
+    """The reference of the recipe, held open as long as the `with` lasts.
+
+    Where an earlier step has pruned or distilled, the model at hand is faster than the reference already: counted costs tell by
+    how much, times are raced. Raises StepError where that is all that was wished for; EngineError, ExportError.
+    """
+    assert settings.speedup is not None
+    dense = here(bundle)
+    reference = here(context.reference())
+    now = costs.total(surgery.shapes(dense.model, dense.family))
+    alike = _sizes(reference) == _sizes(dense)
+    if settings.cost != "latency":
+        whole = now if alike else _whole(_counted(reference, settings), reference)
+        yield Wish(whole, None, _start(whole / now, settings.speedup, alike))
+        return
+    with Race(reference, terms(settings, context), context.seed) as race:
+        del reference  # the engine has it
+        if alike:
+            yield Wish(now, race, {})
+            return
+        with race.against(dense) as take:
+            found = measured(take)
+        context.progress.note(f"the model at hand is {found.value:.2f}x as fast as the reference")
+        yield Wish(now * found.value, race, _start(found.value, settings.speedup, alike))
+
+
+def _whole(costs: Costs, bundle: Bundle) -> float:
+    return costs.total(surgery.shapes(bundle.model, bundle.family))
+
+
+def _sizes(bundle: Bundle) -> tuple[Any, ...]:
+    """Models of one kind with equal sizes cost the same."""
+    parameters = {name: tuple(one.shape) for name, one in bundle.model.named_parameters()}
+    return bundle.family.model_type, surgery.shapes(bundle.model, bundle.family), parameters
+
+
+def _start(speedup: float, wish: float, alike: bool) -> dict[str, Any]:
+    if not alike and speedup >= wish:
+        raise StepError(
+            f"a speedup above {speedup:.3g}, which the model at hand has against the reference already",
+            f"{wish:g}",
+            "leave the step out, or ask for more: speedup counts from the reference, earlier steps included",
+        )
+    return {} if alike else {"start": round(speedup, 4)}
 
 
 def wished(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ranking) -> tuple[Keep, dict[str, Any]]:
-    """The units that stay so that the model takes `settings.speedup` times less, and notes; nothing is changed.
+    """The units that stay so that the model takes `settings.speedup` times less than the reference, and notes. Changes nothing.
 
     Kept below `context.work` once met, as times differ from run to run. Raises StepError: a wish that no shape meets, or that no
     try met.
     """
-    about = (settings.model_dump(mode="json"), context.seed, weights(bundle.model), ranking.scores)
+    about = (settings.model_dump(mode="json"), context.threads, context.seed, weights(bundle.model), ranking.scores)
     folder, key = context.work / "wish", checkpoint.content_hash("wish", *about)
     found = checkpoint.load(folder, key, context.progress.note)
     if found is None:
@@ -75,28 +145,46 @@ def wished(bundle: Bundle, settings: PruneSettings, context: Context, ranking: R
     return {group: found["keep"][str(group)] for group in ranking.losses}, found["notes"]
 
 
+def check_wish(bundle: Bundle, settings: PruneSettings, context: Context) -> None:
+    """Have the table, and refuse a wish that no shape meets by it, before units are scored. Raises as `costs_for`, StepError."""
+    assert settings.speedup is not None
+    dense = here(bundle)
+    costs = costs_for(dense, settings, context)
+    shapes = surgery.shapes(dense.model, dense.family)
+    reference = here(context.reference())
+    alike = _sizes(reference) == _sizes(dense)
+    if settings.cost == "latency" and not alike:
+        return  # only a race tells by how much the model at hand is faster
+    whole = costs.total(shapes) if alike else _whole(_counted(reference, settings), reference)
+    losses = {group: np.zeros(units + 1) for group, units in groups(dense, settings.target).items()}
+    choose(losses, costs, shapes, settings.speedup, math.lcm(settings.multiple_of, costs.multiple), whole)
+
+
 def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ranking) -> tuple[Keep, dict[str, Any]]:
     assert settings.speedup is not None
     dense = here(bundle)
     costs = costs_for(dense, settings, context)
     shapes = surgery.shapes(dense.model, dense.family)
     multiple = math.lcm(settings.multiple_of, costs.multiple)
+    with against(bundle, costs, settings, context) as wish:
 
-    def make(factor: float) -> _Made:
-        chosen = choose(ranking.losses, costs, shapes, factor, multiple)
-        keep = structured.best(ranking.scores, chosen.kept)
-        made = dense.copy()
-        structured.cut(made, settings.target, keep)
-        return _Made(made, keep, chosen)
+        def make(factor: float) -> _Made:
+            chosen = choose(ranking.losses, costs, shapes, factor, multiple, wish.whole)
+            keep = structured.best(ranking.scores, chosen.kept)
+            made = dense.copy()
+            structured.cut(made, settings.target, keep)
+            return _Made(made, keep, chosen)
 
-    with ExitStack() as closing:
-        race = None
-        if settings.cost == "latency":
-            opened = closing.enter_context(Race(dense, terms(settings), context.seed))
-            race = lambda made: opened.against(made.bundle)  # noqa: E731
+        opened = wish.race
+        race = None if opened is None else lambda made: opened.against(made.bundle)
         met = meet(settings.speedup, make, lambda made: made.chosen.speedup, race, context.progress)
     notes = {
-        "wish": {**met.notes, "cost": settings.cost, "expected_loss": round(met.model.chosen.loss, 6)},
+        "wish": {
+            **met.notes,
+            **wish.notes,
+            "cost": settings.cost,
+            "expected_loss": round(met.model.chosen.loss, 6),
+        },
         "costs": {"unit": costs.unit, "multiple_of": multiple, **costs.about},
     }
     return met.model.keep, notes
