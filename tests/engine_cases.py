@@ -46,7 +46,7 @@ def quantize(
     """Round all linears and embeddings of `bundle` in place; with `prune`, that share of the linears' weights goes first."""
     for path, module in bundle.model.named_modules():
         name = f"{path}.weight"
-        if not isinstance(module, nn.Linear | nn.Embedding) or fnmatch.fnmatch(name, skip):
+        if not isinstance(module, nn.Linear | nn.Embedding) or fnmatch.fnmatch(name, skip) or not module.weight.numel():
             continue
         how = embeddings if isinstance(module, nn.Embedding) else grid
         if how is None:

@@ -260,6 +260,7 @@ def _sites(block: Block, names: dict[int, str]) -> tuple[Site, ...]:
         seen.append((given[0], {names[id(module)]: module}))
 
     linears = [module for module in block.module.modules() if isinstance(module, surgery.LINEARS)]
+    linears = [module for module in linears if surgery.weight_2d(module).numel()]  # of parts that are gone
     hooks = [module.register_forward_pre_hook(note, prepend=True) for module in linears]
     try:
         with torch.no_grad():

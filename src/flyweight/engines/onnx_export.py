@@ -25,7 +25,7 @@ from flyweight.engines import onnx_nbits
 from flyweight.engines.onnx_integer import OPSET
 from flyweight.engines.onnx_rewrite import put_weights
 from flyweight.errors import ExportError
-from flyweight.models.surgery import linears
+from flyweight.models.surgery import LINEARS, linears, weight_2d
 from flyweight.tasks import Task, task_named
 
 if TYPE_CHECKING:
@@ -106,6 +106,11 @@ def _traceable(model: Any) -> Iterator[None]:
     """On the CPU, in eval mode, with attention spelled out in the operators that engines know how to fuse."""
     attention, training = model.config._attn_implementation, model.training
     device = next(model.parameters()).device
+    hooks = [
+        module.register_forward_hook(_bias_alone)
+        for module in model.modules()
+        if isinstance(module, LINEARS) and weight_2d(module).shape[1] == 0
+    ]
     model.set_attn_implementation("eager")
     model.eval().to("cpu")
     try:
@@ -113,8 +118,16 @@ def _traceable(model: Any) -> Iterator[None]:
             warnings.simplefilter("ignore")  # tracer warnings; parity is checked on other lengths than the traced one
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.to(device).train(training)
         model.set_attn_implementation(attention)
+
+
+def _bias_alone(linear: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """[out], for every token the same: of a part that has no units left nothing that leads to its last linear is traced."""
+    bias = linear.bias
+    return bias if isinstance(bias, Tensor) else torch.zeros(len(weight_2d(linear)))
 
 
 def _trace(answer: Answer, bundle: Bundle) -> onnx.GraphProto:

@@ -58,7 +58,7 @@ def fit(
     assert stack.bias is not None
     has = columns(kept)
     if has != had:
-        index = torch.tensor([had.index(head) for head in has], device=table.weight.device)
+        index = torch.tensor([had.index(head) for head in has], dtype=torch.long, device=table.weight.device)
         weight = table.weight
         table.weight = nn.Parameter(weight.detach().index_select(1, index), requires_grad=weight.requires_grad)
         table.embedding_dim = len(has)
@@ -107,7 +107,7 @@ def _with(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int, 
 
 
 def _select(bias: Tensor, index: tuple[int, ...], dim: int) -> Tensor:
-    return bias.index_select(dim, torch.tensor(index, device=bias.device))
+    return bias.index_select(dim, torch.tensor(index, dtype=torch.long, device=bias.device))
 
 
 def _take(

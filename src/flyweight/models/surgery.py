@@ -1,7 +1,8 @@
 """Cutting heads, neurons and layers out of a model: weights and attributes together, nothing is only masked.
 
-Everything works in place on (model, family). Heads are counted in *units*: one head, or with grouped-query attention one
-key-value head with the query heads that read it. A unit's number is the one it had in the uncut model.
+An attention or feed-forward part may lose all its units: of its last linear the bias is then left, which is what it adds to the
+residual stream. Everything works in place on (model, family). Heads are counted in *units*: one head, or with grouped-query
+attention one key-value head with the query heads that read it. A unit's number is the one it had in the uncut model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +18,7 @@ from flyweight.errors import ModelError, StepError
 from flyweight.models import shared_bias
 from flyweight.models.bundle import Bundle
 from flyweight.models.family import Attention, Family, Stack
+from flyweight.models.linears import LINEARS, keep_columns, keep_rows, weight_2d
 
 __all__ = [
     "LINEARS",
@@ -31,6 +32,7 @@ __all__ = [
     "keep_neurons",
     "kept_heads",
     "layout",
+    "least_units",
     "linears",
     "mlp_linears",
     "reshape",
@@ -41,12 +43,8 @@ __all__ = [
 ]
 
 
-LINEARS = (nn.Linear, Conv1D)
-"""Modules that multiply by a weight; `weight_2d` gives it as [out, in]."""
-
-
 class Layout(NamedTuple):
-    """Sizes of one attention: units, and rows of q and of k, v (columns of o: as q) that belong to one unit."""
+    """Sizes of one attention: units (none where it is gone), and rows of q and of k, v (columns of o: as q) of one unit."""
 
     units: int
     query: int
@@ -97,12 +95,13 @@ def kept_heads(block: nn.Module, attention: Attention) -> tuple[int, ...]:
 
 
 def layout(block: nn.Module, attention: Attention) -> Layout:
-    size = int(getattr(block.get_submodule(attention.module), attention.head_dim))
+    module = block.get_submodule(attention.module)
+    size = int(getattr(module, attention.head_dim))
     parts = 3 if attention.fused else 1
     query = weight_2d(block.get_submodule(attention.q)).shape[0] // parts
     key = weight_2d(block.get_submodule(attention.k)).shape[0] // parts
     units = key // size
-    return Layout(units, query // units, size)
+    return Layout(units, query // units if units else size * getattr(module, "num_key_value_groups", 1), size)
 
 
 def shapes(model: nn.Module, family: Family) -> dict[str, tuple[BlockShape, ...]]:
@@ -121,7 +120,7 @@ def shapes(model: nn.Module, family: Family) -> dict[str, tuple[BlockShape, ...]
 
 
 def linears(model: nn.Module, family: Family) -> dict[str, nn.Module]:
-    """Every linear of every block by its full name, in order, fused ones once."""
+    """Every linear of every block by its full name, in order, fused ones once; without those that have no weight left."""
     prefix, _ = base_of(model, family)
     found = {}
     present = stacks(model, family)
@@ -131,7 +130,7 @@ def linears(model: nn.Module, family: Family) -> dict[str, nn.Module]:
         paths += [path for up in stack.mlp.up for path in up] + [stack.mlp.down]
         for number, block in enumerate(modules):
             for path in dict.fromkeys(paths):
-                if _has(block, path):
+                if _has(block, path) and weight_2d(block.get_submodule(path)).numel():
                     found[f"{prefix}{stack.blocks}.{number}.{path}"] = block.get_submodule(path)
     return found
 
@@ -143,21 +142,16 @@ def embeddings(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     return {f"{prefix}{path}": base.get_submodule(path) for path in paths}
 
 
-def weight_2d(module: nn.Module) -> Tensor:
-    """The weight as [out, in] (an embedding: [rows, dim]); a view, so that changes in place reach the module."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
 def keep_heads(model: nn.Module, family: Family, stack: str, block: int, attention: int, keep: Sequence[int]) -> None:
     """Keep the units at the positions `keep` of one attention; rows of q, k, v, columns of o and the shared bias follow.
 
-    Positions count what is there now. Raises StepError when nothing would be left.
+    Positions count what is there now; without any the attention is gone but for the bias of o. Raises StepError where fewer
+    than `least_units` would be left.
     """
     row, modules = stacks(model, family)[stack], blocks(model, family)[stack]
     now = kept_heads(modules[block], row.attention[attention])
-    keep = _checked(keep, len(now), "head", f"block {block} of the {stack}")
+    least = least_units(model, family, stack, attention)
+    keep = _checked(keep, len(now), "head", f"block {block} of the {stack}", least)
     had = _bias_columns(row, modules)
     _cut_heads(modules[block], row.attention[attention], keep, tuple(now[i] for i in keep))
     for other in modules:
@@ -165,14 +159,25 @@ def keep_heads(model: nn.Module, family: Family, stack: str, block: int, attenti
     _fit_bias(model, family, row, modules, had)
 
 
+def least_units(model: nn.Module, family: Family, stack: str, attention: int | None = None) -> int:
+    """Units that an attention, or without one the feed-forward part, has to keep: none, or one where its last linear is a
+    Conv1D (GPT-2), which cannot read nothing."""
+    row, block = stacks(model, family)[stack], blocks(model, family)[stack][0]
+    path = row.mlp.down if attention is None else row.attention[attention].o
+    return int(isinstance(block.get_submodule(path), Conv1D))
+
+
 def keep_neurons(model: nn.Module, family: Family, stack: str, block: int, keep: Sequence[int]) -> None:
-    """Keep the neurons at the positions `keep` of one block's MLP. Raises StepError when nothing would be left."""
+    """Keep the neurons at the positions `keep` of one block's MLP; without any it is gone but for the bias of `down`. Raises
+    StepError as `keep_heads` does."""
     row, module = stacks(model, family)[stack], blocks(model, family)[stack][block]
     ups, down = mlp_linears(module, row)
-    keep = _checked(keep, weight_2d(down).shape[1], "neuron", f"block {block} of the {stack}")
+    keep = _checked(
+        keep, weight_2d(down).shape[1], "neuron", f"block {block} of the {stack}", least_units(model, family, stack)
+    )
     for up in ups:
-        _keep_rows(up, keep)
-    _keep_columns(down, keep)
+        keep_rows(up, keep)
+    keep_columns(down, keep)
 
 
 def keep_layers(model: nn.Module, family: Family, keep: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -248,12 +253,14 @@ def sync_config(model: nn.Module, family: Family) -> bool:
                 plain &= not shared_bias.is_sliced(block.get_submodule(attention.module))
     if any(_now(config, key) != next(iter(values)) for key, values in heads.items() if len(values) == 1):
         sayable = all(stack.head_dim_key for stack in stacks(model, family).values())
-        if plain and sayable and all(len(values) == 1 for values in heads.values()) and _accepts(config, heads):
+        agreed = all(len(values) == 1 and 0 not in values for values in heads.values())
+        if plain and sayable and agreed and _accepts(config, heads):
             wanted |= heads
         else:
             plain = False
     plain &= all(len(values) == 1 for values in (*wanted.values(), *heads.values()))
-    uniform = {key: next(iter(values)) for key, values in wanted.items() if len(values) == 1}
+    plain &= not any(0 in values for values in (*wanted.values(), *heads.values()))  # no config can say "none"
+    uniform = {key: next(iter(values)) for key, values in wanted.items() if len(values) == 1 and 0 not in values}
     for key, value in uniform.items():
         setattr(config, key, value)
     return plain
@@ -281,8 +288,8 @@ def reshape(model: nn.Module, family: Family, shapes: Mapping[str, Sequence[Bloc
             ups, down = mlp_linears(block, stack)
             _at_least(weight_2d(down).shape[1], shape.neurons, f"neurons in a block of the {name}")
             for up in ups:
-                _keep_rows(up, range(shape.neurons))
-            _keep_columns(down, range(shape.neurons))
+                keep_rows(up, range(shape.neurons))
+            keep_columns(down, range(shape.neurons))
         if stack.bias is not None:
             table = shared_bias.table_of(base_of(model, family)[1], stack, modules)
             has = shared_bias.columns([shape.heads[0] for shape in shapes[name]])
@@ -298,8 +305,10 @@ def _has(root: nn.Module, path: str) -> bool:
     return True
 
 
-def _checked(keep: Iterable[int], now: int, what: str, where: str) -> list[int]:
+def _checked(keep: Iterable[int], now: int, what: str, where: str, least: int = 1) -> list[int]:
     found = list(keep)
+    if not found and not least:
+        return found
     if not found:
         raise StepError(f"at least one {what} kept in {where}", "none", "lower the amount")
     if found != sorted(set(found)) or found[0] < 0 or found[-1] >= now:
@@ -316,12 +325,12 @@ def _cut_heads(block: nn.Module, attention: Attention, keep: Sequence[int], numb
     units, query, key = layout(block, attention)
     rows = _spread(keep, query)
     if attention.fused:
-        _keep_rows(block.get_submodule(attention.q), [part * units * query + i for part in range(3) for i in rows])
+        keep_rows(block.get_submodule(attention.q), [part * units * query + i for part in range(3) for i in rows])
     else:
-        _keep_rows(block.get_submodule(attention.q), rows)
+        keep_rows(block.get_submodule(attention.q), rows)
         for path in (attention.k, attention.v):
-            _keep_rows(block.get_submodule(path), _spread(keep, key))
-    _keep_columns(block.get_submodule(attention.o), rows)
+            keep_rows(block.get_submodule(path), _spread(keep, key))
+    keep_columns(block.get_submodule(attention.o), rows)
     module = block.get_submodule(attention.module)
     setattr(module, shared_bias.HEADS, tuple(numbers))
     for name in attention.counts:
@@ -332,28 +341,6 @@ def _cut_heads(block: nn.Module, attention: Attention, keep: Sequence[int], numb
 
 def _spread(units: Sequence[int], size: int) -> list[int]:
     return [unit * size + i for unit in units for i in range(size)]
-
-
-def _keep_rows(linear: nn.Module, keep: Sequence[int]) -> None:
-    """Keep outputs of a linear, with their biases."""
-    _select(linear, "weight", 1 if isinstance(linear, Conv1D) else 0, keep)
-    if linear.bias is not None:
-        _select(linear, "bias", 0, keep)
-    setattr(linear, "nf" if isinstance(linear, Conv1D) else "out_features", len(keep))
-
-
-def _keep_columns(linear: nn.Module, keep: Sequence[int]) -> None:
-    """Keep inputs of a linear."""
-    _select(linear, "weight", 0 if isinstance(linear, Conv1D) else 1, keep)
-    setattr(linear, "nx" if isinstance(linear, Conv1D) else "in_features", len(keep))
-
-
-def _select(linear: nn.Module, name: str, dim: int, keep: Sequence[int]) -> None:
-    old = getattr(linear, name)
-    if len(keep) == old.shape[dim]:
-        return
-    index = torch.tensor(keep, device=old.device)
-    setattr(linear, name, nn.Parameter(old.detach().index_select(dim, index), requires_grad=old.requires_grad))
 
 
 def _bias_columns(stack: Stack, modules: nn.ModuleList) -> list[int]:

@@ -38,7 +38,7 @@ Scores = dict[Group, Tensor]
 
 
 def groups(bundle: Bundle, target: str) -> dict[Group, int]:
-    """{group: number of units} in the model's order."""
+    """{group: number of units} in the model's order, without parts that have none left."""
     found: dict[Group, int] = {}
     for name, shapes in surgery.shapes(bundle.model, bundle.family).items():
         if target == "layers":
@@ -49,7 +49,7 @@ def groups(bundle: Bundle, target: str) -> dict[Group, int]:
                 found[Group(name, number, attention)] = len(heads)
             if "neurons" in target:
                 found[Group(name, number)] = shape.neurons
-    return found
+    return {group: units for group, units in found.items() if units}
 
 
 def readers(bundle: Bundle, group: Group) -> list[tuple[nn.Module, int]]:
