@@ -46,6 +46,21 @@ def test_an_entry_says_whether_it_has_an_engine(cache):
     assert not cache.has_engine("none")
 
 
+def test_every_kind_of_thing_is_listed_counted_and_cleared(cache):
+    entry(cache, "a")
+    for folder in (cache.work("b"), cache.teachers, cache.tables):
+        folder.mkdir(parents=True)
+        (folder / "c.json").write_bytes(b"123")
+    found = list(cache.entries())
+    assert {(one.kind, one.key) for one in found} == {
+        ("prefixes", "a"), ("work", "b"), ("teachers", "c.json"), ("tables", "c.json"),
+    }  # fmt: skip
+    assert {one.kind for one in found} == set(Cache.KINDS)
+    assert [one.bytes for one in found if one.kind == "tables"] == [3]
+    assert cache.clear() == sum(one.bytes for one in found)
+    assert not any(path.is_file() for path in cache.root.rglob("*"))
+
+
 def test_a_removal_that_is_cut_short_leaves_room_for_the_entry(cache, monkeypatch):
     """Killed within rmtree: what is left must not stand where a run wants to write."""
     path = entry(cache, "a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the extra `compress`")
 
+import sample_manifest
 from engine_cases import LABELS, bundle_of
-from flyweight.errors import StepError, StorageError
+from flyweight.artifact import StepRecord, write_manifest
+from flyweight.cache import Cache
+from flyweight.errors import ArtifactError, StepError, StorageError
 from flyweight.measure import blocks as module
 from flyweight.measure.blocks import (
     bytes_left_out,
@@ -242,6 +247,53 @@ def test_a_table_that_somebody_gives(tiny: Tiny, tmp_path: Path, machine: list[s
     with pytest.raises(StepError, match=r"a whole table of costs at .*mine\.json"):
         costs_in(path, bundle, TERMS)
     assert path.read_text() == "{"  # it is not ours to write
+
+
+def test_a_table_is_found_in_an_artifact_that_was_made_by_it(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:
+    bundle = bundle_of(tiny("bert", LABELS))
+    costs = latency_costs(bundle, TERMS, tmp_path / "cache", timing=QUICK)
+    (file,) = (tmp_path / "cache").iterdir()
+
+    def artifact(name: str, *notes: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        steps = tuple(StepRecord(name="prune", settings={}, seconds=1.0, notes=one) for one in notes)
+        write_manifest(folder, sample_manifest.make(steps=steps))
+        return folder
+
+    wished = {"costs": json.loads(json.dumps({"unit": "ms", "multiple_of": 1, **costs.about}))}
+    counted = {"costs": {"unit": "FLOP", "counted": "2 x multiply-adds"}}
+    for path in (file, artifact("pruned", wished), artifact("twice", counted, wished, counted)):
+        found = costs_in(path, bundle, TERMS)
+        check(found)
+        assert found.about == costs.about
+    with pytest.raises(StepError, match=r"for threads '2', got one for '1' in .*pruned; leave the table out"):
+        costs_in(tmp_path / "pruned", bundle, TERMS._replace(threads=2))
+    with pytest.raises(StepError, match=r"an artifact with a table of costs, got none in .*counted; name one that was"):
+        costs_in(artifact("counted", counted), bundle, TERMS)
+    wished["costs"]["table"]["rows"] = []
+    with pytest.raises(StepError, match=r"a whole table of costs at .*damaged, got"):
+        costs_in(artifact("damaged", wished), bundle, TERMS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match=r"empty"):
+        costs_in(tmp_path / "empty", bundle, TERMS)
+
+
+def test_a_table_that_was_used_is_not_the_first_to_go(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:
+    bundle, cache = bundle_of(tiny("bert", LABELS)), Cache(tmp_path)
+    latency_costs(bundle, TERMS, cache.tables, timing=QUICK)
+    (entry,) = cache.entries()
+    os.utime(entry.path, (1e9, 1e9))
+    latency_costs(bundle, TERMS, cache.tables, timing=QUICK)
+    (after,) = cache.entries()
+    assert after.used > 1.5e9
+    assert (after.kind, after.path) == ("tables", entry.path)
+    assert after.bytes == entry.path.stat().st_size > 0
+    assert cache.clear() == after.bytes
+    assert not list(cache.entries())
+    machine.clear()
+    latency_costs(bundle, TERMS, cache.tables, timing=QUICK)
+    assert machine  # measured again
 
 
 def test_texts_longer_than_the_model_takes_are_refused_first(tiny: Tiny, tmp_path: Path, machine: list[str]) -> None:

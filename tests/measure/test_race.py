@@ -79,6 +79,27 @@ def test_both_run_in_turn_and_rounds_add_up(tiny: Tiny, log: list[str]) -> None:
     assert log[-2:] == ["256 closed"] * 2
 
 
+def test_a_result_of_another_family_shape_and_vocabulary_runs_beside_its_reference(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both real engines read the same tokens, none of which lies beyond the smaller vocabulary."""
+    seen: list[int] = []
+    made = latency.random_arrays
+
+    def arrays(point: Point, vocabulary: int, seed: int) -> Arrays:
+        seen.append(vocabulary)
+        return made(point, vocabulary, seed)
+
+    monkeypatch.setattr(latency, "random_arrays", arrays)
+    large, small = bundle_of(tiny("roberta", LABELS)), bundle_of(tiny("mpnet", LABELS))
+    sizes = [int(one.model.config.vocab_size) for one in (large, small)]
+    assert sizes[0] > sizes[1]
+    for reference, result in ((large, small), (small, large)):
+        with Race(reference, TERMS) as held, held.against(result) as take:
+            assert take(6).n == 6
+    assert seen == [sizes[1]] * 2
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_file_is_of_the_precision_and_answers(tiny: Tiny, tmp_path: Path, precision: str) -> None:
     import onnx

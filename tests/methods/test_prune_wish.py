@@ -316,9 +316,9 @@ def test_table_choice_race_and_loop_together(
         inside = sum(2.0 + 3.0 * len(shape.heads[0]) + 0.2 * shape.neurons for shape in shapes)
         return Clocked(inside + (25.0 if bundle.model.config.vocab_size > 64 else 0.0))
 
-    for module in (blocks, latency):
-        monkeypatch.setattr(module.time, "perf_counter_ns", lambda: round(now[0] * 1e6))
-        monkeypatch.setattr(module.time, "perf_counter", lambda: now[0] / 1e3)
+    for timed in (blocks, latency):
+        monkeypatch.setattr(timed.time, "perf_counter_ns", lambda: round(now[0] * 1e6))
+        monkeypatch.setattr(timed.time, "perf_counter", lambda: now[0] / 1e3)
     monkeypatch.setattr(blocks, "ready", ready)
     monkeypatch.setattr(race, "ready", ready)
     reference = bundle_of(tiny("bert", LABELS))

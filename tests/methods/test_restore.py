@@ -97,6 +97,27 @@ def test_removed_inputs_that_are_sums_of_kept_ones_are_made_up_for_exactly():
     torch.testing.assert_close(fitted, outputs, atol=1e-5, rtol=1e-5)
 
 
+def test_inputs_that_are_always_zero_leave_the_damping_of_the_others_as_it_is():
+    """As in `flyweight.hessian`: the mean is that of live inputs, so a linear with units that never fire is damped no less."""
+    reads, lacks = some(50, 4), some(50, 3, seed=1)
+    wide = torch.cat([reads, torch.zeros(50, 12, dtype=torch.float64)], 1)
+    for biased in (True, False):
+        alone, beside = (refitted(gathered(one, lacks, biased), 0.3, "x") for one in (reads, wide))
+        torch.testing.assert_close(beside[:, :4], alone[:, :4])
+        assert not beside[:, 4:16].any()
+
+
+def test_a_singular_matrix_is_damped_more_and_one_that_stays_so_is_named():
+    reads = some(30, 1).repeat(1, 3) * torch.tensor([1.0, 1e8, 1e-8])
+    assert bool(torch.isfinite(refitted(gathered(reads, some(30, 2, seed=1), False), 1e-17, "x")).all())
+    negative = gathered(some(30, 3), some(30, 2), False)
+    negative.gram.neg_()
+    with pytest.raises(
+        StepError, match=r"a positive definite Hessian of the inputs of block 3, got none up to damping 10;"
+    ):
+        refitted(negative, 0.01, "block 3")
+
+
 def test_dead_inputs_get_nothing_and_bad_ones_are_named():
     reads = some(20, 3)
     reads[:, 1] = 0

@@ -27,9 +27,9 @@ class PruneSettings(TeacherSettings):
     threshold: float | None = Field(None, gt=0)
     """`target: weights` only: remove what is smaller in magnitude than this."""
     speedup: float | None = Field(None, gt=1)
-    """Heads and neurons: instead of `amount` how many times less the result shall take than the reference, the model after
-    `finetune`: what earlier steps gained is part of it. What every block keeps is chosen under that budget by a table of costs
-    (Kurtic et al. 2023, section 3)."""
+    """Heads and neurons: instead of `amount` how many times less the result shall take than the reference (the model after
+    `finetune`, else the one given): what earlier steps of the recipe gained is part of it. What every block keeps is chosen under
+    that budget by a table of costs (Kurtic et al. 2023, section 3)."""
     cost: Literal["latency", "flops", "bytes"] = "latency"
     """What `speedup` counts. `latency`: measured on `engine` on this machine with the threads of `measure`, and met by the
     exported model."""
