@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from flyweight.artifact import Measurement
 from flyweight.context import Context
 from flyweight.data import Columns
 from flyweight.errors import StepError
 from flyweight.measure import costs as costing
-from flyweight.methods.prune import learned, masks, prune
+from flyweight.methods.prune import learned, masks, prune, wished
 from flyweight.methods.prune.layers import greedy
 from flyweight.methods.prune.restore import texts
 from flyweight.methods.prune.scores import groups
@@ -168,6 +170,55 @@ def test_shapes_learned_in_training_are_cut_within_the_wish(bundle, context, wis
     assert notes["parameters_after"] == sum(p.numel() for p in bundle.model.parameters())
     assert np.isfinite(predict(bundle, context.validation)).all()
     json.dumps(notes)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_shapes_learned_for_a_wish_in_time_are_raced_against_the_reference(bundle, context, monkeypatch, earlier):
+    """The engine's times are FLOPs. Where neurons went before, the budget is what is left of the wish."""
+    context.tables, context.threads = context.work / "shared", 2
+    whole = flops_of(bundle)
+    if earlier:
+        prune(bundle, PruneSettings(target="neurons", amount=0.25), context)
+    started, seen = flops_of(bundle), []
+
+    class FakeRace:
+        def __init__(self, reference, terms, seed=0):
+            self.whole = flops_of(reference)
+            seen.append((self.whole, terms.threads))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        @contextlib.contextmanager
+        def against(self, result):
+            value = self.whole / flops_of(result)
+            yield lambda rounds: Measurement(
+                value=value, low=0.99 * value, high=1.01 * value, n=64, unit="x", method="fake"
+            )
+
+    for module in (learned, wished):
+        monkeypatch.setattr(module, "Race", FakeRace)
+    monkeypatch.setattr(wished, "latency_costs", lambda one, *_: costing.flop_costs(one, 16))
+    given = PruneSettings(
+        target="heads+neurons", gradual="l0", epochs=6, batch_size=8, learning_rate=1e-3, hidden_weight=1.0, speedup=1.4
+    )
+    prune(bundle, given, context)
+    wish, price = context.notes["wish"], context.notes["price"]
+    assert seen == [(whole, 2)] * 2
+    assert price["share"] == pytest.approx(whole / 1.4 / started)
+    assert price["kept"] <= price["share"]
+    assert wish["speedup"] == pytest.approx(whole / flops_of(bundle), abs=1e-3)
+    assert wish["speedup"] >= 1.4 * (1 - 1e-6)
+    assert wish["met"]
+    assert wish["narrow"]
+    assert wish.get("start") == (pytest.approx(whole / started, abs=1e-3) if earlier else None)
+
+
+def flops_of(bundle):
+    return costing.flop_costs(bundle, 16).total(surgery.shapes(bundle.model, bundle.family))
 
 
 def kept_layers(notes):
