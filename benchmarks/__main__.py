@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import main_table, quantization, runner, table
+from benchmarks import main_table, quantization, runner, structure, table
 from benchmarks.runner import Table
 
-TABLES: dict[str, Table] = {"main": main_table.TABLE, "quantization": quantization.TABLE}
+TABLES: dict[str, Table] = {
+    "main": main_table.TABLE,
+    "quantization": quantization.TABLE,
+    "structure": structure.TABLE,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

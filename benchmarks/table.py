@@ -1,12 +1,14 @@
-"""Results -> Markdown. Only what rows gave: a figure that was not taken is a dash."""
+"""Results -> Markdown: the plain page of a table, and the cells of all. A figure that was not taken is a dash."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.command import BESIDE
 from benchmarks.quality import METRIC, paired
-from benchmarks.runner import Table, failure, load, unpack_scores
+from benchmarks.runner import Row, Table, failure, load, unpack_scores
+from flyweight.artifact import Measurement
 
 COLUMNS = (
     "",
@@ -19,6 +21,7 @@ COLUMNS = (
     "speed-up at 32x128",
 )
 DASH = "–"
+STAR = "\\* while other processes used the machine, so that it took longer; how much they did stands in the row's JSON."
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -77,6 +80,47 @@ def interval(figure: Mapping[str, Any] | None, form: str, scale: float = 1.0) ->
 
 def line(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def head(columns: Sequence[str], left: int = 1) -> list[str]:
+    return [line(columns), line(["---"] * left + ["--:"] * (len(columns) - left))]
+
+
+def show(figure: Measurement | None, form: str, scale: float = 1.0, bounds: bool = True) -> str:
+    if figure is None:
+        return DASH
+    return interval(figure.model_dump(exclude=None if bounds else {"low", "high"}), form, scale)
+
+
+def seconds(figure_of: Callable[[str, str], Measurement | None], row: str, verb: str) -> str:
+    """`48 (21, 30)`: the whole command, the step in it, and what the step was expected to take; a star where the machine was
+    in use by others. figure_of: gives (row, key)'s figure."""
+    figures = [figure_of(row, f"{verb}.{key}") for key in ("seconds", "step_seconds", "estimated_seconds")]
+    whole, *rest = [DASH if figure is None else f"{figure.value:.0f}" for figure in figures]
+    star = "\\*" * any(BESIDE in figure.method for figure in figures if figure is not None)
+    return DASH if whole == DASH else f"{whole}{star} ({', '.join(rest)})"
+
+
+def starred(parts: Sequence[str]) -> list[str]:
+    """What the stars mean, where there are any."""
+    return [STAR, ""] if any("\\* (" in part for part in parts) else []
+
+
+def called(table: Table, row: Row) -> str:
+    """The row, and a word where it gave nothing; why stands below."""
+    if load(table.name, row.name) is not None:
+        return row.summary
+    return f"{row.summary} ({'failed' if failure(table.name, row.name) else 'not run'})"
+
+
+def what_failed(table: Table, found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    failed = [(row.name, why) for row in table.rows if (why := failure(table.name, row.name)) is not None]
+    notes = [note for record in found.values() for note in record.get("notes", ())]
+    if failed or notes:
+        yield from ("### What failed", "")
+        yield from (f"- `{name}`: {why}" for name, why in failed)
+        yield from (f"- {note}" for note in notes)
+        yield ""
 
 
 def footer(table: Table, found: Mapping[str, Any]) -> list[str]:

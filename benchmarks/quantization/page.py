@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import sanity
-from benchmarks.command import BESIDE
 from benchmarks.models import MINILM, MPNET, Model
 from benchmarks.quality import METRIC
 from benchmarks.quantization import aims, classes, vectors
 from benchmarks.quantization.found import Found
 from benchmarks.quantization.variants import LADDER
-from benchmarks.runner import Row, Table, failure, load
-from benchmarks.table import DASH, footer, interval, line
+from benchmarks.runner import Table, failure
+from benchmarks.table import DASH, called, footer, head, line, seconds, show, starred, what_failed
 from benchmarks.tuned import SEEDS
 from flyweight.artifact import Measurement
 
@@ -39,8 +38,6 @@ CLASSES = (
     "peak MB to make",
 )
 
-STAR = "\\* while other processes used the machine, so that it took longer; how much they did stands in the row's JSON."
-
 
 def markdown(table: Table) -> str:
     found = Found.of(table)
@@ -53,88 +50,62 @@ def markdown(table: Table) -> str:
         parts += [f"### {model.title}: 3 bits, groups of 128, no training", "", *_ladder(found, model)]
         parts += [f"### {model.title}: Rotten Tomatoes", "", *_classes(table, found, model)]
     parts += [
-        *([STAR, ""] if any("\\* (" in part for part in parts) else []),
-        *_notes(table, found),
+        *starred(parts),
+        *what_failed(table, found.rows),
         *footer(table, found.rows),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _head(columns: tuple[str, ...], left: int = 1) -> list[str]:
-    return [line(columns), line(["---"] * left + ["--:"] * (len(columns) - left))]
-
-
 def _aims(found: Found) -> Iterator[str]:
-    yield from _head(("what", "aim", "figure", ""), 2)
+    yield from head(("what", "aim", "figure", ""), 2)
     for aim in aims.lines(found):
         yield line((aim.what, aim.aim, aim.figure, aim.verdict))
     yield ""
 
 
-def _show(figure: Measurement | None, form: str, scale: float = 1.0, bounds: bool = True) -> str:
-    if figure is None:
-        return DASH
-    return interval(figure.model_dump(exclude=None if bounds else {"low", "high"}), form, scale)
-
-
 def _vectors(table: Table, found: Found, model: Model) -> Iterator[str]:
-    yield from _head(VECTORS)
+    yield from head(VECTORS)
     times = f"{model.key}-latency"
     for row in (row for row in vectors.rows(model) if row.name != times):
         yield line(
             (
-                _called(table, row),
-                _show(found.figure(row.name, "bytes"), "{:.1f}", 1e-6),
-                _show(found.figure(row.name, "quality.cosine"), "{:.5f}"),
-                _show(found.figure(row.name, "quality.cosine_p1"), "{:.4f}"),
+                called(table, row),
+                show(found.figure(row.name, "bytes"), "{:.1f}", 1e-6),
+                show(found.figure(row.name, "quality.cosine"), "{:.5f}"),
+                show(found.figure(row.name, "quality.cosine_p1"), "{:.4f}"),
                 *(
-                    _show(found.figure(times, f"{row.name}:speedup@{point}"), "{:.2f}")
+                    show(found.figure(times, f"{row.name}:speedup@{point}"), "{:.2f}")
                     for point in ("1x32", "1x128", "32x128")
                 ),
-                _show(found.figure(times, f"{row.name}:vs_onnxruntime_int8@1x128"), "{:.2f}"),
-                _show(found.figure(times, f"{row.name}:latency_ms.p50@1x128"), "{:.3g}"),
-                _seconds(found, row.name),
-                _show(found.figure(row.name, "quantize.peak_bytes"), "{:.0f}", 1e-6),
+                show(found.figure(times, f"{row.name}:vs_onnxruntime_int8@1x128"), "{:.2f}"),
+                show(found.figure(times, f"{row.name}:latency_ms.p50@1x128"), "{:.3g}"),
+                seconds(found.figure, row.name, "quantize"),
+                show(found.figure(row.name, "quantize.peak_bytes"), "{:.0f}", 1e-6),
             )
         )
     yield ""
 
 
-def _seconds(found: Found, row: str) -> str:
-    """`48 (21, 30)`: the whole command, the step in it, and what the step was expected to take; a star where the machine was
-    in use by others."""
-    figures = [found.figure(row, f"quantize.{key}") for key in ("seconds", "step_seconds", "estimated_seconds")]
-    whole, *rest = [DASH if figure is None else f"{figure.value:.0f}" for figure in figures]
-    star = "\\*" * any(BESIDE in figure.method for figure in figures if figure is not None)
-    return DASH if whole == DASH else f"{whole}{star} ({', '.join(rest)})"
-
-
-def _called(table: Table, row: Row) -> str:
-    """The row, and a word where it gave nothing; why stands below."""
-    if load(table.name, row.name) is not None:
-        return row.summary
-    return f"{row.summary} ({'failed' if failure(table.name, row.name) else 'not run'})"
-
-
 def _ladder(found: Found, model: Model) -> Iterator[str]:
-    yield from _head(("", "1 - mean cosine", "minus that of the line above", "points lost"))
+    yield from head(("", "1 - mean cosine", "minus that of the line above", "points lost"))
     above = None
     for method in reversed(("reconstruct", "gptq", "awq", "hqq", "nearest")):
         row = f"{model.key}-3bit-{method}"
         figure = aims.error(found, model, method)
         step = None if above is None else found.paired(above, row)
         points = aims.lost(found, model, method)
-        yield line((LADDER[method], *map(_error, (figure, step)), _show(points, "{:+.2f}")))
+        yield line((LADDER[method], *map(_error, (figure, step)), show(points, "{:+.2f}")))
         above = row if figure is not None else above
     yield ""
 
 
 def _error(figure: Measurement | None) -> str:
-    return _show(figure, "{:.5f}")
+    return show(figure, "{:.5f}")
 
 
 def _classes(table: Table, found: Found, model: Model) -> Iterator[str]:
-    yield from _head(CLASSES)
+    yield from head(CLASSES)
     keys = {"fp32": "fine-tuned, torch fp32", **{key: summary for key, (summary, *_) in classes.PEERS.items()}}
     keys |= {variant.key: f"**Flyweight**, {variant.summary}" for variant in classes.variants(model)}
     for key, summary in keys.items():
@@ -143,22 +114,12 @@ def _classes(table: Table, found: Found, model: Model) -> Iterator[str]:
         failed = [failure(table.name, classes.row_name(model, key, seed)) for seed in SEEDS]
         missing = "" if seeds else " (failed)" if any(failed) else " (not run)"
         drop = None if key == "fp32" else found.drop(model, key)
-        cells = [f"{summary}{missing}", _show(found.figure(first, "bytes"), "{:.1f}", 1e-6)]
-        cells += [_show(found.accuracy(model, key), "{:.1f}", 100), _show(drop, "{:+.2f}", 100)]
-        cells += [", ".join(map(str, seeds)) or DASH, _seconds(found, first)]
-        yield line((*cells, _show(found.figure(first, "quantize.peak_bytes"), "{:.0f}", 1e-6)))
+        cells = [f"{summary}{missing}", show(found.figure(first, "bytes"), "{:.1f}", 1e-6)]
+        cells += [show(found.accuracy(model, key), "{:.1f}", 100), show(drop, "{:+.2f}", 100)]
+        cells += [", ".join(map(str, seeds)) or DASH, seconds(found.figure, first, "quantize")]
+        yield line((*cells, show(found.figure(first, "quantize.peak_bytes"), "{:.0f}", 1e-6)))
     for row in sanity.ROWS:
         figure = found.figure(row.name, METRIC)
         drop = found.beside(row.name, model)
-        yield line((_called(table, row), DASH, _show(figure, "{:.1f}", 100), _show(drop, "{:+.2f}", 100), *[DASH] * 3))
+        yield line((called(table, row), DASH, show(figure, "{:.1f}", 100), show(drop, "{:+.2f}", 100), *[DASH] * 3))
     yield ""
-
-
-def _notes(table: Table, found: Found) -> Iterator[str]:
-    failed = [(row.name, why) for row in table.rows if (why := failure(table.name, row.name)) is not None]
-    notes = [note for record in found.rows.values() for note in record.get("notes", ())]
-    if failed or notes:
-        yield from ("### What failed", "")
-        yield from (f"- `{name}`: {why}" for name, why in failed)
-        yield from (f"- {note}" for note in notes)
-        yield ""

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import sample_manifest
-from benchmarks import command, models, quantization, reviews, runner
+from benchmarks import command, models, quantization, reviews, runner, table
 from benchmarks.models import MINILM, MPNET
-from benchmarks.quantization import aims, page, variants
+from benchmarks.quantization import aims, variants
 from benchmarks.quantization.classes import row_name
 from benchmarks.quantization.found import Found
 from benchmarks.runner import Job, pack_scores
@@ -185,7 +185,7 @@ def test_times_of_a_busy_machine_are_marked(tmp_path: Path) -> None:
     assert figures[1.26]["quantize.seconds"].method.endswith("check, while other processes used 1.3 cores")
     for others, shown in ((0.1, "90 (0, 30)"), (1.26, "90\\* (0, 30)")):
         record = {"figures": {key: one.model_dump() for key, one in figures[others].items()}}
-        assert page._seconds(Found({"row": record}), "row") == shown
+        assert table.seconds(Found({"row": record}).figure, "row", "quantize") == shown
 
 
 def test_a_failing_command_says_why(tmp_path: Path) -> None:
