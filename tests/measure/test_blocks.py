@@ -154,6 +154,50 @@ def test_a_busy_machine_is_told(tiny: Tiny, now: list[float], monkeypatch: pytes
     assert "the machine was busy" in told.notes[-1]
 
 
+def test_a_table_of_a_busy_machine_is_measured_again_later_and_the_surer_one_kept(
+    tiny: Tiny, now: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, chance, noise, made = bundle_of(tiny("bert", LABELS)), np.random.default_rng(0), [0.4], [0]
+
+    class Noisy(Clocked):
+        def run(self, arrays: Any) -> np.ndarray:
+            now[1] = float(np.exp(chance.normal(0, noise[0])))
+            return super().run(arrays)
+
+    def ready(bundle: Bundle, terms: Terms, folder: Path) -> Noisy:
+        made[0] += 1
+        return Noisy(of_shapes(bundle), "x", now, [])
+
+    def costs(told: Told) -> Costs:
+        made[0] = 0
+        return latency_costs(bundle, TERMS, tmp_path, told, timing=Timing(10, 1e9, least=6))
+
+    monkeypatch.setattr(module, "ready", ready)
+    told = Told()
+    first = costs(told)
+    (path,) = tmp_path.iterdir()
+    assert first.about["spread"] > module.UNSURE
+    assert costs(told).about == first.about  # within one run it is not taken twice
+    assert made == [0]
+
+    def grow_old() -> None:
+        os.utime(path, (path.stat().st_mtime - 2 * module.AGAIN_S,) * 2)
+
+    grow_old()
+    noise[0] = 2.0
+    assert costs(told).about == first.about  # worse than before
+    assert made != [0]
+    assert "was taken on a busy machine: measuring it again" in told.notes[-2]
+    assert costs(told).about == first.about
+    assert made == [0]  # and it is not tried again at once
+    grow_old()
+    noise[0] = 0.0
+    check(costs(told))
+    grow_old()
+    check(costs(told))
+    assert made == [0]  # sure tables do not age
+
+
 def test_slow_rounds_do_not_move_the_medians() -> None:
     chance = np.random.default_rng(0)
     wanted = np.geomspace(5, 80, 24)

@@ -43,6 +43,8 @@ BLOCKS = 2
 TIMING = Timing(rounds=40, limit_s=60.0, least=12)
 SETTLED = 0.015  # half of a median's 95 % interval, of the median probe: more rounds would tell little more
 UNSURE = 0.05
+AGAIN_S = 900.0
+"""Seconds after which a table that is less sure than that is measured again: the machine may have become quiet."""
 MOST_BYTES = 2**27  # that pass between two runs: several times what a core's share of the caches holds
 
 
@@ -62,22 +64,43 @@ def latency_costs(
     check_terms(bundle, terms)
     key = key_of(bundle, terms)
     path = folder / file_name({**key, "probes": str(blocks)})
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            costs = costs_of(read_table(path, key))
-        except (ValueError, StepError) as error:
-            progress.note(f"the table of costs in {path} is damaged ({_line(error)}): measuring it again")
-        else:
-            with contextlib.suppress(OSError):  # of a cache, what was not used for long goes first
-                os.utime(path)
-            progress.note(f"costs of blocks ({terms}) taken from the cache")
-            return costs
+    known = _known(path, key, progress)
+    if known is not None and (known.spread <= UNSURE or _age(path) < AGAIN_S):
+        progress.note(f"costs of blocks ({terms}) taken from the cache")
+        return costs_of(known)
+    if known is not None:
+        progress.note("the table of costs in the cache was taken on a busy machine: measuring it again")
     table = measure_table(bundle, terms, progress, blocks, timing)
+    if known is not None and known.spread < table.spread:
+        table = known
     try:
         write_atomically(path, lambda file: file.write(table.model_dump_json(indent=1).encode()))
     except StorageError as error:  # it can be measured again
         progress.note(f"the table of costs is not kept: {error}")
     return costs_of(table)
+
+
+def _known(path: Path, key: Mapping[str, str], progress: Progress) -> Table | None:
+    """The table in the cache; one that is sure is marked as used, one that is not keeps the age of its times."""
+    try:
+        table = read_table(path, key)
+    except FileNotFoundError:
+        return None
+    except (ValueError, StepError) as error:
+        progress.note(f"the table of costs in {path} is damaged ({_line(error)}): measuring it again")
+        return None
+    if table.spread <= UNSURE:
+        with contextlib.suppress(OSError):  # of a cache, what was not used for long goes first
+            os.utime(path)
+    return table
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written; no end of them where it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return float("inf")
 
 
 def costs_in(path: Path, bundle: Bundle, terms: Terms) -> Costs:

@@ -44,7 +44,9 @@ def _modules(bundle: Bundle) -> Iterator[tuple[nn.Module, int]]:
         yield table, TABLE_BITS
     bits = REDUCED_BITS if saturates() else LINEAR_BITS
     for module in bundle.model.modules():
-        if isinstance(module, surgery.LINEARS):
+        if (
+            isinstance(module, surgery.LINEARS) and surgery.weight_2d(module).numel()
+        ):  # of a part that is gone only the bias is left
             yield module, bits
 
 

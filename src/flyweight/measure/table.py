@@ -67,6 +67,12 @@ class Table(BaseModel):
     rounds: int
     seconds: float
 
+    @property
+    def spread(self) -> float:
+        """Half of the 95 % interval of a time, as a share of it: the median over rows; infinity where none has an interval."""
+        widths = _half_widths(self.rows)
+        return float(np.median(widths)) if widths else float("inf")
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         """Every kind is measured in full, every stack at two depths."""
@@ -273,7 +279,7 @@ def _about(table: Table, costs: Costs) -> dict[str, Any]:
         **table.key,
         "rounds": table.rounds,
         "seconds": round(table.seconds, 1),
-        "spread": _share(_half_widths(table.rows)),
+        "spread": round(table.spread, 4) if np.isfinite(table.spread) else None,
         "additive": [round(error, 4) for error in several],
         "odd_neurons": {str(k): round(max(seen for seen, _ in found), 4) for k, found in _odd(table).items()},
         "base_ms": round(costs.base, 4),
@@ -284,8 +290,3 @@ def _about(table: Table, costs: Costs) -> dict[str, Any]:
 
 def _half_widths(rows: Iterable[Row]) -> list[float]:
     return [(row.high - row.low) / 2 / row.ms for row in rows if row.low is not None and row.high is not None]
-
-
-def _share(values: list[float]) -> float | None:
-    """The median half-width of the 95 % intervals, as a share."""
-    return round(float(np.median(values)), 4) if values else None
