@@ -13,7 +13,10 @@ import torch
 
 from engine_cases import LABELS, bundle_of
 from flyweight.measure.int8 import in_int8
+from flyweight.measure.latency import Point, random_arrays
+from flyweight.measure.race import Terms, ready
 from flyweight.methods.quantize import quantize
+from flyweight.models import surgery
 from flyweight.settings import QuantizeSettings
 from solver_cases import context
 
@@ -50,3 +53,21 @@ def test_a_row_of_zeros_has_a_scale(tiny: Tiny) -> None:
     codes = in_int8(bundle).quantized["classifier.weight"]
     assert float(codes.scale[1]) == 1.0
     assert set(codes.codes[1].tolist()) == {1 << (codes.info.bits - 1)}
+
+
+def test_a_part_that_is_gone_has_no_integers_and_the_rest_runs(tiny: Tiny, tmp_path: Path) -> None:
+    """Of attention 1 and of feed-forward part 2 only the biases are left."""
+    bundle = bundle_of(tiny("bert", LABELS))
+    surgery.keep_heads(bundle.model, bundle.family, "encoder", 1, 0, [])
+    surgery.keep_neurons(bundle.model, bundle.family, "encoder", 2, [])
+    whole = set(in_int8(bundle_of(tiny("bert", LABELS))).quantized)
+    names = {name.removeprefix("bert.encoder.layer.") for name in whole - set(in_int8(bundle).quantized)}
+    attention = {f"1.attention.{part}.weight" for part in ("self.query", "self.key", "self.value", "output.dense")}
+    assert names == {*attention, "2.intermediate.dense.weight", "2.output.dense.weight"}
+    model = ready(bundle, Terms(precision="int8", point=Point(1, 8)), tmp_path)
+    arrays = random_arrays(Point(1, 8), 50, seed=0)
+    found = model.run(arrays)
+    model.close()
+    with torch.no_grad():
+        wanted = bundle.model(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits.numpy()
+    assert abs(found - wanted).max() < 0.1 * abs(wanted).max()

@@ -44,9 +44,7 @@ def _modules(bundle: Bundle) -> Iterator[tuple[nn.Module, int]]:
         yield table, TABLE_BITS
     bits = REDUCED_BITS if saturates() else LINEAR_BITS
     for module in bundle.model.modules():
-        if (
-            isinstance(module, surgery.LINEARS) and surgery.weight_2d(module).numel()
-        ):  # of a part that is gone only the bias is left
+        if isinstance(module, surgery.LINEARS) and surgery.weight_2d(module).numel():  # a part that is gone has none
             yield module, bits
 
 
