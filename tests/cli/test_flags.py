@@ -47,6 +47,8 @@ class Every(Settings):
     """A file."""
     cut: bool = False
     """Whether to cut."""
+    whole: bool | None = None
+    """Whether all of it; by default as the mode says."""
 
 
 def parse(cls: type[Settings], *argv: str) -> Settings:
@@ -85,6 +87,8 @@ def parse(cls: type[Settings], *argv: str) -> Settings:
         (["--where", "none"], "where", Path("none")),
         (["--cut"], "cut", True),
         (["--no-cut"], "cut", False),
+        (["--whole"], "whole", True),
+        (["--no-whole"], "whole", False),
     ],
 )
 def test_each_kind_of_value(argv: list[str], field: str, value: Any) -> None:

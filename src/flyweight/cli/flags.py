@@ -154,7 +154,7 @@ def _group(parameter: inspect.Parameter) -> Group | None:
 def _parameter(cls: type[Settings], name: str) -> inspect.Parameter:
     schema = schemas_of(cls)[name]
     flag = flag_name(name)
-    boolean = schema.get("type") == "boolean"
+    boolean = any(option.get("type") == "boolean" for option in _options(schema))  # or none, where it is not given
     arrays = any(option.get("type") == "array" for option in _options(schema))
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if boolean else flag,
