@@ -27,7 +27,7 @@ lint: $(VENV)/.installed      ## format, lint, types
 	$(RUN) -m ruff check --no-cache .
 	$(RUN) -m mypy
 
-bench: $(BENCH)/.installed    ## a table of figures; TABLE=main, ROWS=all but those on request (`python -m benchmarks list`)
+bench: $(BENCH)/.installed    ## a table of figures; TABLE=main|quantization|structure, ROWS=all but those on request (`python -m benchmarks list`)
 	$(if $(findstring mpnet,$(ROWS)),$(BENCHRUN) $(PIP) -c constraints.txt -e ".[mpnet]")
 	$(BENCHRUN) -m benchmarks run $(TABLE) $(if $(ROWS),--rows '$(ROWS)')
 

@@ -225,6 +225,11 @@ def benchmark_quantization() -> str:
     return _results("quantization").partition("\n\n")[2]
 
 
+def benchmark_structure() -> str:
+    """Its drawing lies beside the results."""
+    return _results("structure").partition("\n\n")[2].replace("](structure-", "](../benchmarks/results/structure-")
+
+
 def _results(table: str) -> str:
     path = ROOT / "benchmarks" / "results" / f"{table}.md"
     return path.read_text("utf-8")
@@ -249,6 +254,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "matrix": matrix,
     "benchmark-main": benchmark_main,
     "benchmark-quantization": benchmark_quantization,
+    "benchmark-structure": benchmark_structure,
 }
 
 if __name__ == "__main__":

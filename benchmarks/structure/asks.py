@@ -21,6 +21,7 @@ class Ask(NamedTuple):
     total:   how many times as fast as the reference the result shall be; `--speedup` is what the start lacks of it
     control: `MODEL-KEY` of the row that it is held against, seed by seed
     asked:   runs only where it is named (as MPNet's rows do, and all but the first seed of the others)
+    kept:    whether its artifact stays, for other rows or to be looked at; of those that are many only figures do
     """
 
     key: str
@@ -34,6 +35,7 @@ class Ask(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
     model: Model = MINILM
     asked: bool = False
+    kept: bool = True
 
     def row(self, seed: int) -> str:
         return row_name(self.model, self.key, seed)
@@ -193,6 +195,7 @@ CURVE = tuple(
         "prune",
         f"{PARTS} --cost flops --speedup {speedup:g} {flags}",
         5 if stage == "block" else 1.8,
+        kept=False,
     )
     for stage, (summary, flags) in STAGES.items()
     for speedup in SPEEDUPS
@@ -206,6 +209,7 @@ ZEROS = tuple(
         "prune",
         f"--target weights --criterion {criterion} {flags}",
         3 if criterion == "hessian" else 2,
+        kept=criterion == "magnitude",
     )
     for criterion, summary in (("magnitude", "magnitude"), ("wanda", "Wanda"), ("hessian", "SparseGPT"))
     for name, what, flags in (("50", "50 %", "--amount 0.5"), ("2of4", "2:4", "--pattern 2:4"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,8 @@ def run_ask(ask: Ask) -> Callable[[Job], Result]:
         figures = {**found.figures, **times, **told(done, out)}
         if "vocabulary" in ask.flags.split():
             figures |= vocabulary.figures(job, whole, out)
+        if not ask.kept:
+            shutil.rmtree(out)
         return found._replace(figures=figures, runs=[done.command])
 
     return run
@@ -138,12 +141,6 @@ def reference_row(model: Model, seed: int, minutes: float) -> Row:
     summary = f"{model.title} fine-tuned, torch fp32, seed {seed}"
     late = model.key == MPNET.key or seed != SEEDS[0]
     return Row(row_name(model, "fp32", seed), summary, minutes, partial(tuned.make, model=model), None, (), late, seed)
-
-
-def chain(ask: Ask, asks: Sequence[Ask] = ASKS) -> list[Ask]:
-    """The rows that lead to it, first to last."""
-    before = next((one for one in asks if one.model == ask.model and one.key == ask.start), None)
-    return [ask] if before is None else [*chain(before, asks), ask]
 
 
 def artifact_of(job: Job, row: str) -> Path:
