@@ -9,6 +9,9 @@ from flyweight.engines import openvino
 from flyweight.engines.engine import engine_named
 from flyweight.errors import EngineError, ModelError, SettingsError, StepError
 from flyweight.keys import samples
+from flyweight.measure.blocks import check_given
+from flyweight.measure.latency import Point
+from flyweight.measure.race import Terms
 from flyweight.methods.distill.student import kept_layers, open_student
 from flyweight.methods.distill.width import check_narrower
 from flyweight.methods.quantize.work import targets_of
@@ -25,13 +28,28 @@ __all__ = ["check_data", "check_engines", "check_family", "check_head", "check_o
 
 
 def check_engines(recipe: Recipe, progress: Progress) -> None:
-    """Engines that are asked for are installed and have the format that is made. Raises EngineError."""
+    """Engines that are asked for are installed and have the format that is made, and tables of times are theirs.
+
+    Raises EngineError, StepError.
+    """
+    for step in recipe.steps:
+        if isinstance(step.settings, PruneSettings) and step.settings.timed:
+            check_timed(recipe, step.settings)
     for name in recipe.measure.engines:
         if reason := engine_named(name).available():
             raise EngineError(f"the engine {name}", reason, "or leave it out of measure.engines (--engines)")
         for step in recipe.steps:
             if name == openvino.NAME and isinstance(step.settings, QuantizeSettings):
                 check_packed(step.settings, progress)
+
+
+def check_timed(recipe: Recipe, settings: PruneSettings) -> None:
+    """What a wish in time is measured with is there, and a table that is given is of it. Raises EngineError, StepError."""
+    if reason := engine_named(settings.engine).available():
+        raise EngineError(f"the engine {settings.engine} to take times on", reason)
+    if settings.table is not None:
+        point, threads = Point(*settings.shape), recipe.measure.threads
+        check_given(settings.table, Terms(settings.engine, settings.precision, point, threads))
 
 
 def check_packed(settings: QuantizeSettings, progress: Progress) -> None:

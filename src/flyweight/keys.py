@@ -75,7 +75,7 @@ def quantize_inputs(recipe: Recipe, settings: QuantizeSettings, splits: Splits) 
 def prune_inputs(recipe: Recipe, settings: PruneSettings, splits: Splits) -> list[str]:
     """What a prune step depends on beside model and training data: its texts, and the machine that a wish is met on."""
     found = []
-    if settings.speedup is not None and settings.cost == "latency":
+    if settings.timed:
         about = environment()
         version = about["versions"].get(settings.engine, "none")
         found.append(f"{about['cpu']}, {settings.engine} {version}, {recipe.measure.threads} threads")

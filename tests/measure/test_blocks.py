@@ -21,6 +21,7 @@ from flyweight.errors import ArtifactError, StepError, StorageError
 from flyweight.measure import blocks as module
 from flyweight.measure.blocks import (
     bytes_left_out,
+    check_given,
     costs_in,
     latency_costs,
     measure_table,
@@ -283,13 +284,18 @@ def test_a_table_that_somebody_gives(tiny: Tiny, tmp_path: Path, machine: list[s
     check(costs_in(path, bundle, TERMS))
     with pytest.raises(StepError, match=r"for threads '2', got one for '1' in .*mine\.json; leave the table out"):
         costs_in(path, bundle, TERMS._replace(threads=2))
+    check_given(path, TERMS)
+    for other in ({"threads": 2}, {"engine": "openvino"}, {"precision": "int8"}, {"point": Point(1, 13)}):
+        with pytest.raises(StepError, match=r"a table of costs for .*, got one for .*mine\.json; leave the table out"):
+            check_given(path, TERMS._replace(**other))
     with pytest.raises(StepError, match=r"for encoder block 'width 32, .*, got one for 'width 32, 4 heads of 8, 64"):
         costs_in(path, bundle_of(tiny("bert", LABELS, intermediate_size=48)), TERMS)
     with pytest.raises(StepError, match=r"a table of costs at .*none\.json, got no such file"):
         costs_in(tmp_path / "none.json", bundle, TERMS)
     path.write_text("{")
-    with pytest.raises(StepError, match=r"a whole table of costs at .*mine\.json"):
-        costs_in(path, bundle, TERMS)
+    for read in (lambda: costs_in(path, bundle, TERMS), lambda: check_given(path, TERMS)):
+        with pytest.raises(StepError, match=r"a whole table of costs at .*mine\.json"):
+            read()
     assert path.read_text() == "{"  # it is not ours to write
 
 

@@ -29,14 +29,14 @@ from flyweight.measure.latency import SHORT_MS, WARM_UP, Timing, random_arrays
 from flyweight.measure.probes import Probe, plan, small_model
 from flyweight.measure.race import Terms, check_terms, ready
 from flyweight.measure.spread import quantile
-from flyweight.measure.table import Row, Table, costs_of, file_name, key_of, read_table
+from flyweight.measure.table import Row, Table, costs_of, file_name, key_of, machine_key, read_table
 from flyweight.models import surgery
 from flyweight.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
 
-__all__ = ["BLOCKS", "costs_in", "latency_costs", "measure_table", "round_robin", "settled", "steady"]
+__all__ = ["BLOCKS", "check_given", "costs_in", "latency_costs", "measure_table", "round_robin", "settled", "steady"]
 
 BLOCKS = 2
 """Of each stack in a probe: one block's times are half of differences, so that what a call costs by itself drowns less."""
@@ -109,9 +109,18 @@ def costs_in(path: Path, bundle: Bundle, terms: Terms) -> Costs:
     Raises StepError: no such file, damaged, of another machine, engine or shape; EngineError: the engine is not installed.
     """
     check_terms(bundle, terms)
+    return costs_of(_given(path, key_of(bundle, terms)))
+
+
+def check_given(path: Path, terms: Terms) -> None:
+    """Of a table that somebody gives, what can be told before the model is there. Raises StepError as `costs_in`."""
+    _given(path, machine_key(terms), whole=False)
+
+
+def _given(path: Path, key: Mapping[str, str], whole: bool = True) -> Table:
     hint = "leave the table out, and one is measured here"
     try:
-        return costs_of(read_table(path, key_of(bundle, terms)))
+        return read_table(path, key, whole)
     except FileNotFoundError:
         raise StepError(f"a table of costs at {path}", "no such file", hint) from None
     except ValueError as error:

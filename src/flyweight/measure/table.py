@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flyweight.measure.race import Terms
     from flyweight.models.bundle import Bundle
 
-__all__ = ["Row", "Table", "costs_of", "file_name", "key_of", "read_table", "rising"]
+__all__ = ["Row", "Table", "costs_of", "file_name", "key_of", "machine_key", "read_table", "rising"]
 
 FORMAT = 1
 SLOW = 0.01
@@ -111,9 +111,13 @@ def key_of(bundle: Bundle, terms: Terms) -> dict[str, str]:
             [*parts, activation, "shared bias" if stack.bias else "no bias of positions"]
         )
         found[f"{name} layers"] = str(len(lists[name]))
+    return found | machine_key(terms)
+
+
+def machine_key(terms: Terms) -> dict[str, str]:
+    """The part of it that no model has a say in."""
     installed = versions()
     return {
-        **found,
         "engine": f"{terms.engine} {installed.get(terms.engine, 'unknown')}",
         "precision": terms.precision,
         "batch x tokens": str(terms.point),
@@ -128,8 +132,8 @@ def file_name(key: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([FORMAT, dict(key)], sort_keys=True).encode()).hexdigest()[:32] + ".json"
 
 
-def read_table(path: Path, key: Mapping[str, str]) -> Table:
-    """The table in a file or an artifact, for the model, engine and machine that `key` tells.
+def read_table(path: Path, key: Mapping[str, str], whole: bool = True) -> Table:
+    """The table in a file or an artifact, for the model, engine and machine that `key` tells; not `whole`: a part of a key.
 
     Raises StepError for one of another machine, engine or shape (both are named), and FileNotFoundError; ValueError for a file
     that is damaged; ArtifactError for a folder that is none.
@@ -144,7 +148,7 @@ def read_table(path: Path, key: Mapping[str, str]) -> Table:
         raise ValueError(str(error)) from None
     if table.format != FORMAT:
         raise StepError(f"a table of costs of format {FORMAT}", f"{table.format} in {path}", "have it measured again")
-    for name in [*key, *table.key]:
+    for name in [*key, *(table.key if whole else ())]:
         if table.key.get(name) != key.get(name):
             raise StepError(
                 f"a table of costs for {name} '{key.get(name, 'none')}'",

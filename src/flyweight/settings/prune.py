@@ -154,3 +154,8 @@ class PruneSettings(TeacherSettings):
     def calibrated(self) -> bool:
         """Whether the step looks at texts without training on them; it takes them with labels where there are any."""
         return self.criterion in ("fisher", "hessian", "wanda", "cosine", "loss") or self.restore != "none"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the wish is one that an engine is timed for."""
+        return self.speedup is not None and self.cost == "latency"
