@@ -17,12 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from flyweight.hessian import sweep
+
 __all__ = ["NOTHING", "Rates", "Work", "best_of", "machine_rates"]
 
 WIDEST = 2048  # larger matrices are not timed: a Cholesky factor of this size has nearly the speed of larger ones
 FEWEST = 256
 TOKENS = 256  # of a product whose result is a Hessian
 PIECE = 2**24  # bytes that are hashed, or entries that are updated, to see how fast
+FEW = 16
+LARGEST = 4096
+SWEPT = 384  # columns, three portions of them
 CHUNK = 128  # columns that the sweep of `flyweight.hessian` corrects one by one
 LIMIT_S, TURNS = 1.0, 3
 
@@ -132,10 +137,8 @@ def machine_rates(width: int) -> dict[str, float]:
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         rows = torch.randn(TOKENS, n, generator=chance)
-        gram = rows.t() @ rows
-        total = torch.zeros(n, n, dtype=torch.float64)
         found = {"products": best_of(lambda: rows.t() @ rows) / (2 * TOKENS * n**2)}
-        found["added"] = best_of(lambda: total.add_(gram)) / n**2
+        found["added"] = _added(min(width, LARGEST), found["products"])
         some = torch.randn(n, FEWEST, generator=chance, dtype=torch.float64)
         square = torch.zeros(n, n, dtype=torch.float64)
         found["wide"] = best_of(lambda: square.addmm_(some, some.t())) / (2 * FEWEST * n**2)
@@ -143,14 +146,33 @@ def machine_rates(width: int) -> dict[str, float]:
         found["roots"] = best_of(lambda: torch.linalg.cholesky_ex(whole)) / (n**3 / 3)
         lower = torch.linalg.cholesky(whole)
         found["inverses"] = best_of(lambda: torch.cholesky_inverse(lower)) / (2 * n**3 / 3)
-        found["moved"] = best_of(lambda: whole.clone()) / (16 * n**2)
-        half, column, row = some[: CHUNK // 2], some[: CHUNK // 2, 0].clone(), some[0].clone()
-        found["rank_ones"] = best_of(lambda: half.addr_(column, row, alpha=1e-9)) / (2 * half.numel())
+        # in memory that is new, which has to be cleared, and in memory that is held
+        found["moved"] = (best_of(lambda: whole.clone()) + best_of(lambda: lower.copy_(whole))) / (32 * n**2)
+        found["rank_ones"] = _swept(n // 2, found["wide"])
         found["ranked"] = best_of(lambda: some.flatten().kthvalue(some.numel() // 2)) / some.numel()
         found["sorted"] = best_of(lambda: rows.double().argsort(dim=1, stable=True)) / rows.numel()
         tiny = np.zeros(8)
         found["calls"] = best_of(lambda: [tiny.argmin() for _ in range(1000)]) / 1000
     return {**found, **_others()}
+
+
+def _added(n: int, product: float) -> float:
+    """A batch's product, made and added: of a size that counts, as what is larger than a heap's pieces is cleared every time."""
+    few, total = torch.ones(FEW, n), torch.zeros(n, n, dtype=torch.float64)
+
+    def add() -> None:
+        nonlocal total
+        total += few.t() @ few
+
+    return max(best_of(add) / n**2 - 2 * FEW * product, 1e-11)
+
+
+def _swept(out: int, product: float) -> float:
+    """Columns one after another, as `sweep` takes them."""
+    left = torch.ones(SWEPT, out, dtype=torch.float64)
+    upper = torch.eye(SWEPT, dtype=torch.float64)
+    seconds = best_of(lambda: sweep(left, upper, lambda j: left[j].clone(), CHUNK))
+    return max(seconds - SWEPT**2 * out * product, 1e-9) / (CHUNK * SWEPT * out)
 
 
 def _others() -> dict[str, float]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Needs", "Speed", "mean_length", "timed"]
 
 TEXTS, LEAST = 16, 4
-LONG_S = 0.8  # a pass that takes longer is timed on fewer texts
+LONG_S = 1.6  # a pass that takes longer is timed on fewer texts
 UPDATED = 1.3e-8  # seconds a weight and step of AdamW, where it is not timed
 
 

@@ -91,7 +91,9 @@ def cost(model: Model, settings: object, before: float) -> Cost:
 
 def _pruning(model: Model, settings: PruneSettings, before: float) -> Cost:
     splits = model.job.splits
-    train, held, some = (None if one is None else one.lengths for one in (splits.train, splits.validation, splits.calibration))
+    train, held, some = (
+        None if one is None else one.lengths for one in (splits.train, splits.validation, splits.calibration)
+    )
     labelled = model.job.task.labelled and splits.train is not None and splits.train.labels is not None
     known = pruning.Before(model.anatomy, pruning.Texts(train, held, some, labelled), model.speed.gate_saved)
     found = pruning.expected(settings, known)

@@ -19,10 +19,10 @@ from flyweight.methods.prune.sparsegpt import COLUMNS
 
 __all__ = ["made_up", "ordered", "rearranged", "rebuilt", "restored", "sparsegpt", "sums", "wanda"]
 
-MATRIX = 120  # bytes moved for an entry of a Hessian: tested, divided, copied, damped, put in order, factors cleared and tested
-WEIGHT = 250  # for a weight that is corrected: to float64 and back, scores, masks, what is lost
+MATRIX = 80  # bytes moved for an entry of a Hessian: tested, divided, copied, damped, put in order, factors cleared and tested
+WEIGHT = 120  # for a weight that is corrected: to float64 and back, scores, masks, what is lost
 CALLS = 2000.0, 9.0  # of an OBS removal: by itself, and for every unit that is left
-SWAPS = 0.7  # of a rearrangement: for every pair of a unit and one that is gone
+SWAPS = 0.3  # of a rearrangement: for every pair of a unit and one that is gone
 
 
 def sums(width: int, read: Read) -> Work:
@@ -39,7 +39,7 @@ def sparsegpt(place: Place, pattern: str) -> Work:
         entries = out * n
         found = found.plus(
             Work(wide=entries * n, rank_ones=chunk * entries, moved=WEIGHT * entries + 4 * 12 * n**2),
-            Work(products=4 * 2 * entries * n, calls=60.0 * n),
+            Work(products=4 * 2 * entries * n),
             Work(ranked=entries) if parts is None else Work(sorted=entries / 2),
         )
     return found

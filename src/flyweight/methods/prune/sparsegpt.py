@@ -101,7 +101,8 @@ def corrected(weight: Tensor, made: Factor, dead: Tensor, share: float | None, p
     made: the factor of the inputs' Hessian, columns as they stand; dead: [in] bool, inputs that are always zero
     """
     parts = n_and_m(pattern)
-    left = weight.t().to(made.upper.dtype, copy=True)  # [in, out]: a column is then contiguous
+    # [in, out], and so in memory as well: a column is then contiguous
+    left = weight.t().to(made.upper.dtype, copy=True, memory_format=torch.contiguous_format)
     zero, gone = left == 0, torch.zeros(left.shape, dtype=torch.bool, device=left.device)
     precision = torch.where(dead, 0, made.upper.diagonal() ** -2)[:, None]
     # What is zero already counts, wherever it is; the rest of the share is spread over all that could go.
