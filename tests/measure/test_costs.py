@@ -72,7 +72,9 @@ def test_a_bert_by_hand(tiny: Tiny) -> None:
     assert costs.base == 2 * (32 * 32 + 32 * 2)
     np.testing.assert_array_equal(costs.curves[Kind("encoder", 0)][1:], head * np.arange(4))
     np.testing.assert_array_equal(costs.curves[Kind("encoder")][1:], neuron * np.arange(64))
-    assert np.isnan(costs.curves[Kind("encoder")][0])
+    assert costs.curves[Kind("encoder", 0)][0] == -head  # the block that keeps one unit of each, less its head
+    assert costs.curves[Kind("encoder")][0] == -neuron
+    assert np.isnan(flop_costs(bundle_of(tiny("gpt2", LABELS)), 10).curves[Kind("decoder")][0])
     size = byte_costs(bundle_of(tiny("bert", LABELS)))
     assert size.curves[Kind("encoder", 0)][2] == 4 * (4 * 32 * 8 + 3 * 8)
     assert size.curves[Kind("encoder")][2] == 4 * (2 * 32 + 1)

@@ -42,6 +42,26 @@ def of_block(kept: dict[Kind, int]) -> float:
     return 0.5 + 0.9 * kept[HEADS] + 0.01 * kept[HEADS] ** 2 + 0.006 * kept[NEURONS]
 
 
+def test_a_part_that_is_gone_is_measured_by_itself() -> None:
+    """Attention or feed-forward part that are there at all cost 0.3 and 0.2; few neurons cost what a panel of them does."""
+
+    def time(probe: Probe) -> float:
+        there = 0.3 * (probe.kept[HEADS] > 0) + 0.2 * (probe.kept[NEURONS] > 0)
+        return 0.7 + probe.deep["encoder"] * (of_block(probe.kept) + there)
+
+    probes = plan(MPNET, 2, [HEADS, NEURONS])
+    assert {name for name in probes if name.endswith(": 0")} == {f"{HEADS}: 0", f"{NEURONS}: 0"}
+    found = costs_of(made(probes, time))
+    assert found.curves[HEADS][0] == pytest.approx(-0.3 - 0.9 - 0.01)
+    assert found.curves[NEURONS][0] == pytest.approx(-0.2 - 0.006 * 16)
+    np.testing.assert_allclose(found.curves[NEURONS][1:17], 0.0, atol=1e-9)
+    without = {"encoder": (BlockShape(heads=((),), neurons=0), BlockShape(heads=((1,),), neurons=0))}
+    assert found.total(without) == pytest.approx(0.7 + 0.5 + 0.5 + 0.9 + 0.01 + 0.3)
+    only = costs_of(made(plan(MPNET, 2, [NEURONS]), time))
+    assert np.isnan(only.curves[HEADS][0])
+    assert only.curves[NEURONS][0] == pytest.approx(found.curves[NEURONS][0])
+
+
 def test_costs_that_add_up_are_found_again() -> None:
     found = costs_of(made(plan(MPNET, 2), lambda probe: 0.7 + probe.deep["encoder"] * of_block(probe.kept)))
     assert found.unit == "ms"
@@ -192,7 +212,7 @@ def test_a_table_that_tells_less_or_is_of_another_format_is_refused(tmp_path: Pa
     with pytest.raises(StepError, match="for precision 'int8', got one for 'none'"):
         read_table(tmp_path / "t.json", {**KEY, "precision": "int8"})
     (tmp_path / "t.json").write_text(example().model_copy(update={"format": 9}).model_dump_json())
-    with pytest.raises(StepError, match="of format 1, got 9"):
+    with pytest.raises(StepError, match="of format 2, got 9"):
         read_table(tmp_path / "t.json", KEY)
 
 

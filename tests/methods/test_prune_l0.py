@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from flyweight.context import Context
 from flyweight.errors import StepError
 from flyweight.methods.prune import structured
-from flyweight.methods.prune.gates import Gates, gated, likely, open_share, sample
-from flyweight.methods.prune.l0 import SETTLE, Price, learn_shape, matched, settled
+from flyweight.methods.prune.budget import Price, settled
+from flyweight.methods.prune.gates import Gates, gated, is_layers, is_part, likely, open_share, part_of, sample
+from flyweight.methods.prune.l0 import L0, SETTLE, _with_hidden_weight, learn_shape, matched
 from flyweight.methods.prune.scores import Group, groups
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
@@ -30,7 +32,11 @@ SETTINGS = PruneSettings(
 
 
 def parts_of(bundle: Bundle) -> dict[Group, int]:
-    return {**groups(bundle, "layers"), **groups(bundle, "heads"), **groups(bundle, "neurons")}
+    """Gates of layers, of heads and neurons, and of the parts that these make, in every block that has them."""
+    units = {**groups(bundle, "heads"), **groups(bundle, "neurons")}
+    (depth,) = groups(bundle, "layers").values()
+    whole = {} if bundle.family.model_type == "gpt2" else {part_of(group): depth for group in units}
+    return {**groups(bundle, "layers"), **units, **whole}
 
 
 def price_of(bundle: Bundle, base: float = 5.0) -> Price:
@@ -81,18 +87,16 @@ def test_closed_gates_are_a_physical_cut(tiny: Tiny, family: str) -> None:
     with gated(bundle, gates):
         found = predict(bundle, data)
     keep = {group: value.nonzero()[:, 0].tolist() for group, value in values.items()}
-    for target, part in (("heads", 2), ("neurons", 1)):
-        structured.cut(
-            other, target, {group: stay for group, stay in keep.items() if len(group_parts(group)) == part + 1}
-        )
-    structured.cut(other, "layers", {group: stay for group, stay in keep.items() if group.block is None})
+    for group in list(keep):
+        if group.block is not None and group.block not in keep.get(part_of(group), [group.block]):
+            keep[group] = []
+    assert family == "gpt2" or any(not stay for stay in keep.values())
+    for target in ("heads", "neurons"):
+        structured.cut(other, target, {group: keep[group] for group in groups(bundle, target)})
+    structured.cut(other, "layers", {group: stay for group, stay in keep.items() if is_layers(group)})
     torch.testing.assert_close(torch.tensor(found), torch.tensor(predict(other, data)), rtol=1e-4, atol=1e-5)
     assert abs(found - whole).max() > 1e-3, "the gates do nothing"
     assert (predict(bundle, data) == whole).all(), "gates were left behind"
-
-
-def group_parts(group: Group) -> list[Any]:
-    return [part for part in group if part is not None]
 
 
 def test_open_gates_change_nothing(tiny: Tiny) -> None:
@@ -110,8 +114,13 @@ def test_expected_cost_at_certain_gates_is_the_cost(tiny: Tiny) -> None:
     price, sizes = price_of(bundle), parts_of(bundle)
     chance = torch.Generator().manual_seed(3)
     shares = {group: (torch.rand(size, generator=chance) < 0.6).double() for group, size in sizes.items()}
+    shares[part_of(Group("encoder", 0))][0] = shares[part_of(Group("encoder", 0, 0))][3] = 0.0
     keep = {group: share.nonzero()[:, 0].tolist() for group, share in shares.items()}
-    layers = keep[next(group for group in sizes if group.block is None)]
+    layers = keep[next(group for group in sizes if is_layers(group))]
+    for group in keep:
+        if group.block is not None and group.block not in keep[part_of(group)]:
+            keep[group] = []
+    assert any(not stay for stay in keep.values())
     by_hand = 5.0 + sum(
         2 + (0.25 if group.attention is None else 3.0) * len(stay)
         for group, stay in keep.items()
@@ -135,6 +144,16 @@ def test_expected_cost_has_the_gradient_of_its_curves() -> None:
     assert alive.grad is not None
     assert heads.grad.tolist() == pytest.approx([2.0] * 3)
     assert alive.grad.tolist() == pytest.approx([3.4])
+    part = torch.tensor([0.25], requires_grad=True)
+    curve = torch.tensor([0.5, 1.0, 5.0, 6.0])  # a block without heads still costs something
+    cost = Price(1.0, {group: curve}).expected({layers: alive, group: heads, part_of(group): part})
+    heads.grad = alive.grad = None
+    cost.backward()
+    assert float(cost.detach()) == pytest.approx(1 + 0.5 * (0.5 + 0.25 * (3.4 - 0.5)))
+    assert part.grad is not None
+    assert heads.grad.tolist() == pytest.approx([0.5 * 0.25 * 4] * 3)
+    assert alive.grad.tolist() == pytest.approx([0.5 + 0.25 * 2.9])
+    assert part.grad.tolist() == pytest.approx([0.5 * 2.9])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -159,14 +178,19 @@ def test_what_is_settled_is_within_the_budget_and_fills_it(tiny: Tiny, share: fl
     budget = share * price.whole
     keep = settled(gates, price, budget, multiple)
     assert price.total(keep) <= budget
-    layers = keep[next(group for group in keep if group.block is None)]
+    layers = keep[next(group for group in keep if is_layers(group))]
     for group, stay in keep.items():
+        gone = group.block is not None and group.block not in keep[part_of(group)]
+        if gone:
+            assert stay == []
+            continue
         likelihood = gates.alpha(group).detach()
         assert stay == sorted(stay)
-        assert min(likelihood[stay]) >= max(
+        assert min(likelihood[stay], default=99) >= max(
             [likelihood[n] for n in range(len(likelihood)) if n not in stay], default=-99
         )
         if group.block is None:
+            assert is_part(group) or stay
             continue
         assert len(stay) >= 1
         assert group.attention is not None or len(stay) % multiple == 0
@@ -197,6 +221,59 @@ def test_training_ends_in_a_shape_within_the_wish(tiny: Tiny, tmp_path: Path) ->
     assert notes["best_metric"] == max(entry["metric"] for entry in candidates)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_settling_leaves_the_answers(tiny: Tiny, tmp_path: Path, closed: bool) -> None:
+    """What gates are worth goes into the weights; what is closed is as good as cut."""
+    bundle = opened(tiny)
+    gates, price = Gates(parts_of(bundle)), price_of(bundle)
+    chance = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for group, value in zip(gates.groups, gates.log_alpha, strict=True):
+            value.copy_(torch.rand(len(value), generator=chance) * 2)  # worth .5 to .96
+            if is_layers(group):
+                value.fill_(9.0)
+            if is_part(group) and closed:
+                value[1] = -9.0
+    targets = learned_from(bundle, gates, price, share=1.0)
+    bundle.model.eval()
+    data, whole = examples(12), predict(bundle, examples(12))
+    with gated(bundle, gates):
+        before = predict(bundle, data)
+        targets._settle()
+        after = predict(bundle, data)
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(before), rtol=1e-4, atol=1e-5)
+    assert abs(before - whole).max() > 1e-2
+    assert targets.keep is not None
+    assert (targets.keep[Group("encoder", 1, 0)] == []) is closed
+    for target in ("heads", "neurons"):
+        structured.cut(bundle, target, {group: targets.keep[group] for group in groups(bundle, target)})
+    torch.testing.assert_close(torch.tensor(predict(bundle, data)), torch.tensor(before), rtol=1e-4, atol=1e-5)
+
+
+def learned_from(bundle: Bundle, gates: Gates, price: Price, share: float) -> L0:
+    labelled = np.ones(12, dtype=bool)
+    return L0(
+        *(bundle, SETTINGS, (), labelled, None, "key"),
+        teacher=bundle.copy(), gates=gates, price=price, share=share, multiple_of=1,
+    )  # fmt: skip
+
+
+def test_hidden_states_count_unless_they_cannot_be_compared(tiny: Tiny) -> None:
+    bert, mpnet, t5 = (
+        load(str(tiny(family, labels=("a", "b"))), task_named("text-classification"))
+        for family in ("bert", "mpnet", "t5")
+    )
+    given = SETTINGS.model_dump(exclude_unset=True)
+    given.pop("hidden_weight")
+    plain = PruneSettings(**given)
+    assert _with_hidden_weight(plain, bert, bert.copy()).hidden_weight == 1.0
+    assert _with_hidden_weight(plain, bert, mpnet).hidden_weight == 0.0  # which reads other tokens
+    assert _with_hidden_weight(plain, t5, t5.copy()).hidden_weight == 0.0
+    assert _with_hidden_weight(PruneSettings(**given, hidden_weight=0.0), bert, bert.copy()).hidden_weight == 0.0
+    with pytest.raises(StepError, match="one stack of blocks for hidden_weight"):
+        _with_hidden_weight(SETTINGS, t5, t5.copy())
+
+
 def test_a_killed_training_goes_on_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:
     whole, half = opened(tiny), opened(tiny)
     price = price_of(whole)
@@ -217,7 +294,6 @@ def test_a_killed_training_goes_on_to_the_same_end(tiny: Tiny, tmp_path: Path) -
 
 
 def _stopping(stop: int, seen: list[int] | None = None) -> Any:
-    from flyweight.methods.prune.l0 import L0
 
     original = L0.after_step
 

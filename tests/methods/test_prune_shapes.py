@@ -130,6 +130,32 @@ def test_a_choice_is_the_best_within_its_share_of_the_whole(speedup: float) -> N
     assert costs.total({"encoder": blocks}) == found.cost
 
 
+@pytest.mark.parametrize("speedup", [1.3, 2.0, 3.0, 3.9])
+def test_a_part_may_go_where_loss_and_cost_are_known(speedup: float) -> None:
+    """Against all combinations. A block without heads saves 1.5 more than one with one, without neurons half."""
+    costs, shapes, losses = table()
+    curves = {kind: np.append(-1.5 if kind.attention == 0 else -0.5, curve[1:]) for kind, curve in costs.curves.items()}
+    costs = Costs("ms", costs.base, costs.block, curves)
+    chance = np.random.default_rng(1)
+    gone = {group: np.append(loss[1] + chance.uniform(0, 0.3), loss[1:]) for group, loss in losses.items()}
+    found = choose(gone, costs, shapes, speedup)
+    curve = [curves[Kind("encoder", 0)]] * 2 + [curves[Kind("encoder")]] * 2
+    tried = [
+        (
+            14 + sum(float(one[k]) for one, k in zip(curve, numbers, strict=True)),
+            sum(loss[k] for loss, k in zip(gone.values(), numbers, strict=True)),
+        )
+        for numbers in itertools.product(range(4), range(3), range(9), range(9))
+    ]
+    rounded = 4 * (40 / speedup - 10) / 10_000  # what rounding up takes
+    assert found.loss >= min(loss for cost, loss in tried if cost <= 40 / speedup + 1e-9) - 1e-9
+    assert found.loss <= min(loss for cost, loss in tried if cost <= 40 / speedup - rounded) + 1e-9
+    assert found.cost <= 40 / speedup
+    with pytest.raises(StepError, match=r"at most 4, .*the least, 0 heads and 0 neurons \(10 of 40 ms\)"):
+        choose(gone, costs, shapes, 4.1)
+    assert 0 not in choose(losses, costs, shapes, min(speedup, 2.5)).kept.values()  # their losses are not known
+
+
 def test_a_wish_beyond_the_floor_is_refused_with_what_is_possible() -> None:
     costs, shapes, losses = table()
     assert choose(losses, costs, shapes, 40 / 14).kept == dict.fromkeys(losses, 1)
@@ -179,7 +205,7 @@ def test_a_model_cut_to_the_choice_costs_what_was_promised(tiny: Tiny, model_typ
         for number, shape in enumerate(blocks):
             sizes = {Group(stack, number): shape.neurons}
             sizes |= {Group(stack, number, one): len(heads) for one, heads in enumerate(shape.heads)}
-            losses |= {g: np.append(0, np.sort(chance.uniform(0, n, n))[::-1]) for g, n in sizes.items()}
+            losses |= {g: np.append(n, np.sort(chance.uniform(0, n, n))[::-1]) for g, n in sizes.items()}
     wish = 1.6 if cost == "flops" else 1.2
     before = flops(bundle, 24) if cost == "flops" else 4 * sum(p.numel() for p in bundle.model.parameters())
     found = choose(losses, costs, shapes, wish)

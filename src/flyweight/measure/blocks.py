@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from flyweight.context import NoProgress, Progress
 from flyweight.engines.engine import Arrays, Predictor
 from flyweight.errors import StepError, StorageError
-from flyweight.measure.costs import Costs, most_units
+from flyweight.measure.costs import Costs, most_units, removable
 from flyweight.measure.latency import SHORT_MS, WARM_UP, Timing, random_arrays
 from flyweight.measure.probes import Probe, plan, small_model
 from flyweight.measure.race import Terms, check_terms, ready
@@ -136,7 +136,8 @@ def measure_table(
 ) -> Table:
     """Raises EngineError, ExportError."""
     progress, began = progress or NoProgress(), time.perf_counter()
-    probes = plan(most_units(surgery.shapes(bundle.model, bundle.family)), blocks)
+    most = most_units(surgery.shapes(bundle.model, bundle.family))
+    probes = plan(most, blocks, [kind for kind in most if removable(bundle, kind)])
     with ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         predictors: dict[str, Predictor] = {}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
     from flyweight.models.family import Stack
 
-__all__ = ["Costs", "Kind", "Shapes", "byte_costs", "flop_costs", "kept", "most_units"]
+__all__ = ["Costs", "Kind", "Shapes", "byte_costs", "flop_costs", "kept", "most_units", "removable"]
 
 Shapes = Mapping[str, Sequence[BlockShape]]
 """{stack: what is left of each of its blocks}, as `surgery.shapes` gives it."""
@@ -50,7 +50,8 @@ class Costs:
     """unit:     "ms", "FLOP" or "B"
     base:     what lies outside the blocks
     block:    {stack: a block that keeps one unit of each kind}
-    curves:   {kind: [units + 1] float64}: what k units cost more than one does; entry 0 is NaN, as surgery keeps at least one
+    curves:   {kind: [units + 1] float64}: what k units cost more than one does; entry 0, below zero, is that of a part which is
+              gone, NaN where it cannot go or was not measured
     multiple: numbers of neurons that are multiples of this run best (1: it makes no difference)
     about:    JSON: what was counted or measured, on what, how sure it is
     """
@@ -82,13 +83,19 @@ def kept(shape: BlockShape, kind: Kind) -> int:
 
 
 def most_units(shapes: Shapes) -> dict[Kind, int]:
-    """{kind: the most units that any block has}, in the model's order: attentions, then neurons."""
+    """{kind: the most units that any block has}, in the model's order: attentions, then neurons; none that all blocks lack."""
     found: dict[Kind, int] = {}
     for stack, blocks in shapes.items():
         for attention in (*range(len(blocks[0].heads)), None):
             kind = Kind(stack, attention)
-            found[kind] = max(kept(shape, kind) for shape in blocks)
+            if most := max(kept(shape, kind) for shape in blocks):
+                found[kind] = most
     return found
+
+
+def removable(bundle: Bundle, kind: Kind) -> bool:
+    """Whether all units of this kind may go."""
+    return surgery.least_units(bundle.model, bundle.family, *kind) == 0
 
 
 def flop_costs(bundle: Bundle, length: int = LENGTH) -> Costs:
@@ -140,17 +147,20 @@ def _counted(
 ) -> Costs:
     """Costs that grow by the same amount with every unit."""
     shapes = surgery.shapes(bundle.model, bundle.family)
+    most = most_units(shapes)
     each: dict[Kind, float] = {}
     block: dict[str, float] = {}
     for name, stack, module in _last_blocks(bundle):
-        each |= {Kind(name, number): of_head(module, stack, number) for number in range(len(stack.attention))}
-        each[Kind(name)] = of_neuron(module, stack)
+        for kind in kinds_of(most, name):
+            number = kind.attention
+            each[kind] = of_neuron(module, stack) if number is None else of_head(module, stack, number)
         further = sum((kept(shapes[name][-1], kind) - 1) * cost for kind, cost in each.items() if kind.stack == name)
         block[name] = of_block(module, stack) - further
     curves: dict[Kind, NDArray[np.float64]] = {}
-    for kind, most in most_units(shapes).items():
-        curves[kind] = each[kind] * np.arange(-1, most, dtype=np.float64)
-        curves[kind][0] = np.nan
+    for kind, units in most.items():
+        curves[kind] = each[kind] * np.arange(-1, units, dtype=np.float64)
+        if not removable(bundle, kind):
+            curves[kind][0] = np.nan
     found = Costs(unit, 0.0, block, curves, about=about)
     return Costs(unit, whole - found.total(shapes), block, curves, about=about)
 

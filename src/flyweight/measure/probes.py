@@ -6,7 +6,7 @@ deeper, which tells blocks from what lies around them; a few change several kind
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flyweight.measure.costs import Kind
-from flyweight.models import surgery
+from flyweight.models import stream, surgery
 from flyweight.models.build import quiet
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def grid(most: int, neurons: bool) -> list[int]:
     return sorted({min(max(PANEL, round(share * most / PANEL) * PANEL), most) for share in SHARES} | {most})
 
 
-def plan(most: Mapping[Kind, int], blocks: int) -> dict[str, Probe]:
+def plan(most: Mapping[Kind, int], blocks: int, removable: Collection[Kind] = ()) -> dict[str, Probe]:
     """{name: probe}; the first is the anchor, at about a quarter of each kind.
 
-    most: the most units that a block of the model has, by kind; blocks: of every stack
+    most: the most units that a block of the model has, by kind; blocks: of every stack; removable: kinds that may go altogether
     """
     grids = {kind: grid(units, kind.attention is None) for kind, units in most.items()}
     middle = {kind: _nearest(values, most[kind] / 4) for kind, values in grids.items()}
@@ -69,6 +69,7 @@ def plan(most: Mapping[Kind, int], blocks: int) -> dict[str, Probe]:
         if kind.attention is None and most[kind] > 4 * PANEL:
             half = _nearest(values, most[kind] / 2)
             others += [k + odd for k in (middle[kind], half) for odd in ODD]
+        others += [0] if kind in removable else []
         found |= {f"{kind}: {k}": Probe({**middle, kind: k}, deep) for k in others}
     for stack in deep:
         found[f"{stack}: {DEEPER * blocks} blocks"] = Probe(middle, {**deep, stack: DEEPER * blocks})
@@ -100,6 +101,7 @@ def small_model(bundle: Bundle, probe: Probe, tokens: int) -> Bundle:
         torch.manual_seed(0)
         model: Any = type(bundle.model)(config)
         model.eval()
+    stream.fit_width(model, bundle.family)
     for name, modules in surgery.blocks(model, bundle.family).items():
         for kind, units in probe.kept.items():
             if kind.stack != name:

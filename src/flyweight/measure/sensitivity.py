@@ -155,7 +155,8 @@ def _places(bundle: Bundle) -> list[Place]:
 def _count(place: Place, groups: int) -> int:
     heads = sum(surgery.layout(place.block, attention).units for attention in place.row.attention)
     neurons = surgery.weight_2d(surgery.mlp_linears(place.block, place.row)[1]).shape[1]
-    return heads + len(place.row.attention) + min(groups, neurons) + 2
+    whole = sum(surgery.layout(place.block, attention).units > 0 for attention in place.row.attention)
+    return heads + whole + min(groups, neurons) + (neurons > 0) + 1
 
 
 def _entered(replay: Replay, place: Place) -> Entered:
@@ -177,14 +178,17 @@ def _silences(place: Place, entered: Entered, groups: int) -> Iterator[Silence]:
         for unit, head in enumerate(surgery.kept_heads(block, attention)):
             columns = torch.arange(unit * query, (unit + 1) * query)
             yield Silence({"kind": "head", **where, "number": unit, "head": head, "weights": weights}, reader, columns)
-        yield Silence({"kind": "attention", **where, "weights": units * weights}, reader, None)
+        if units:
+            yield Silence({"kind": "attention", **where, "weights": units * weights}, reader, None)
     ups, down = surgery.mlp_linears(block, row)
     each = sum(_row_weights(up, 1) for up in ups) + surgery.weight_2d(down).shape[0]
+    members: tuple[int, ...] = ()
     for number, neurons in enumerate(_groups(entered.squares, down, groups)):
         members = tuple(sorted(neurons.tolist()))
         part = {"kind": "neurons", "number": number, "neurons": members, "weights": each * len(members)}
         yield Silence(part, down, neurons)
-    yield Silence({"kind": "feed-forward", "weights": each * surgery.weight_2d(down).shape[1]}, down, None)
+    if members:
+        yield Silence({"kind": "feed-forward", "weights": each * surgery.weight_2d(down).shape[1]}, down, None)
     table = row.bias.table if row.bias is not None and row.bias.in_block else None  # it moves to the next block
     own = [p.numel() for name, p in block.named_parameters() if table is None or not name.startswith(f"{table}.")]
     yield Silence({"kind": "layer", "weights": sum(own)}, None, None)
@@ -198,7 +202,7 @@ def _groups(squares: Tensor, down: nn.Module, groups: int) -> list[Tensor]:
     """Positions of the neurons, largest contribution first, in equal parts (sizes differ by one at most)."""
     size = squares.sqrt() * surgery.weight_2d(down).double().norm(dim=0)
     order = size.argsort(descending=True, stable=True).cpu()
-    return list(order.tensor_split(min(groups, len(order))))
+    return list(order.tensor_split(min(groups, len(order)))) if len(order) else []
 
 
 def _without(replay: Replay, place: Place, entered: Entered, what: Silence) -> Outputs:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "Table", "costs_of", "file_name", "key_of", "machine_key", "read_table", "rising"]
 
-FORMAT = 1
+FORMAT = 2
 SLOW = 0.01
 """A number of neurons counts as slow where it takes surely so much longer than regular ones beside it would."""
 ACTIVATIONS = ("hidden_act", "activation", "activation_function", "feed_forward_proj")  # what configs call it
@@ -207,13 +207,17 @@ def _single(table: Table, kind: Kind) -> dict[int, Row]:
 
 
 def _curve(table: Table, kind: Kind) -> NDArray[np.float64]:
-    """[units + 1] ms that a block with k units takes more than the anchor's; entry 0 is NaN."""
+    """[units + 1] ms that a block with k units takes more than the anchor's; entry 0 is NaN where it was not measured.
+
+    A part that is gone tells nothing of one with few units, which cost nearly what a panel of them does.
+    """
     anchor, rows = table.rows[0], _single(table, kind)
     most = max(rows)
     some = [k for k in rows if kind.attention is not None or regular(k, most)]
     each = rising([(rows[k].ms - anchor.ms) / anchor.deep[kind.stack] for k in some])
-    curve = np.interp(np.arange(most + 1), some, each)
-    curve[0] = np.nan
+    gone = each.pop(0) if (some := sorted(some))[0] == 0 else np.nan
+    curve = np.interp(np.arange(most + 1), [k for k in some if k], each)
+    curve[0] = gone
     return curve
 
 

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from flyweight.errors import ModelError
+from flyweight.models import stream
 from flyweight.models.families import FAMILIES
 
 __all__ = ["empty_model", "open_config", "open_tokenizer", "quiet"]
@@ -96,6 +97,7 @@ def empty_model(config: Any, auto: str) -> PreTrainedModel:
     except (ValueError, TypeError) as error:
         raise ModelError(f"a model that {auto} can build", f"'{_first_line(error)}'", "choose another task") from None
     model.tie_weights()
+    stream.fit_width(model, FAMILIES[config.model_type])
     return cast(PreTrainedModel, model.eval())
 
 

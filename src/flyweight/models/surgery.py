@@ -21,6 +21,7 @@ from flyweight.models.family import Attention, Family, Stack
 from flyweight.models.linears import LINEARS, keep_columns, keep_rows, weight_2d
 
 __all__ = [
+    "KEPT_WIDTH",
     "LINEARS",
     "Layout",
     "base_of",
@@ -41,6 +42,10 @@ __all__ = [
     "sync_config",
     "weight_2d",
 ]
+
+
+KEPT_WIDTH = "kept_hidden_size"
+"""Entry of a config: dimensions of the residual stream that are left (`flyweight.models.stream`); absent while all are."""
 
 
 class Layout(NamedTuple):
@@ -237,7 +242,7 @@ def sync_config(model: nn.Module, family: Family) -> bool:
     config: Any = model.config
     wanted: dict[str, set[Any]] = {}
     heads: dict[str, set[Any]] = {}
-    plain = True
+    plain = getattr(config, KEPT_WIDTH, None) is None
     lists = blocks(model, family)
     for name, stack in stacks(model, family).items():
         wanted.setdefault(stack.layers_key, set()).add(len(lists[name]))

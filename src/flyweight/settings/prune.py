@@ -61,6 +61,9 @@ class PruneSettings(TeacherSettings):
     gradual: Literal["one-shot", "cubic", "l0"] = "one-shot"
     """`cubic`: the share grows as s(t) = amount * (1 - (1 - t)^3) in training (Zhu and Gupta 2017, eq. 1); `l0`: training finds
     what goes, layers, heads and neurons together, and learns from the teacher (CoFi, Xia et al. 2022)."""
+    whole_parts: bool | None = None
+    """`speedup`: an attention or a feed-forward part may go altogether, its bias stays; by default with `gradual: l0` alone,
+    where training makes up for it."""
     samples: int = Field(512, ge=1)
     """Training examples that scores and restoring are taken on."""
     multiple_of: int = Field(1, ge=1)
@@ -101,6 +104,8 @@ class PruneSettings(TeacherSettings):
             raise ValueError(
                 "gradual l0 goes with target heads+neurons, layers go with them, and finds by itself what goes"
             )
+        if self.whole_parts is not None and self.speedup is None and self.gradual != "l0":
+            raise ValueError("whole_parts goes with speedup or gradual l0: an amount leaves every part something")
         if self.gradual != "one-shot" and self.restore != "none":
             raise ValueError(f"gradual {self.gradual} trains what is left: set restore to none")
         return self
@@ -149,6 +154,11 @@ class PruneSettings(TeacherSettings):
     @property
     def taught(self) -> bool:
         return self.gradual == "l0"
+
+    @property
+    def removes_parts(self) -> bool:
+        """Whether all heads or neurons of a block may go."""
+        return self.gradual == "l0" if self.whole_parts is None else self.whole_parts
 
     @property
     def calibrated(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -197,9 +198,19 @@ class Lesson:
         folder: str,
         examples: Examples | None = None,
         key: Any = "",
+        ready: Callable[[], bool] | None = None,
     ) -> TrainResult:
-        """Train the student, by default on all examples; pruned weights stay zero. The checkpoint is in the folder's name."""
+        """Train the student, by default on all examples; pruned weights stay zero. The checkpoint is in the folder's name.
+
+        ready: whether weights of now may be the best; where not, they are not measured
+        """
         held, context = self.held_back(), self.context
+        measure = validation(student, held)
+
+        def judge() -> float:
+            assert measure is not None
+            return measure() if ready is None or ready() else math.nan
+
         with keep_zeros(student.model, student.sparse), placed(self.teacher.model, find_device(context.device)):
             return train(
                 student.model,
@@ -209,7 +220,7 @@ class Lesson:
                 seed=context.seed,
                 pad=student.encoder.pad,
                 work=context.work / folder,
-                evaluate=validation(student, held),
+                evaluate=None if measure is None else judge,
                 progress=context.progress,
                 device=context.device,
                 what=what,

@@ -31,9 +31,10 @@ from flyweight.methods.distill.reduce import (
     low_rank_values,
     reader,
 )
+from flyweight.models import stream
 from flyweight.models.build import empty_model
 from flyweight.models.bundle import Bundle
-from flyweight.models.surgery import LINEARS, base_of, layout, mlp_linears, reshape, shapes, weight_2d
+from flyweight.models.surgery import KEPT_WIDTH, layout, mlp_linears, reshape, shapes, weight_2d
 from flyweight.training.device import find_device, placed
 from flyweight.training.objective import answer
 from flyweight.training.predict import outputs
@@ -47,11 +48,9 @@ TEXTS = 256
 
 def check_narrower(bundle: Bundle, width: int) -> None:
     """Raises StepError for a width that the model cannot be cut to."""
-    stacks = [stack.name for stack in bundle.family.stacks]
-    if stacks != ["encoder"] or bundle.family.stacks[0].attention[0].fused:
-        raise StepError("an encoder for width", f"'{bundle.family.model_type}'", "leave out width")
-    if len(_head(bundle)) not in (1, 2):
-        raise StepError("a head of one or two linears for width", f"{len(_head(bundle))}", "leave out width")
+    stream.check(bundle.model, bundle.family, "width")
+    if hasattr(bundle.model.config, KEPT_WIDTH):
+        raise StepError("a model as wide as it was built for width", "one whose width was pruned", "prune afterwards")
     if bundle.sparse:
         raise StepError("dense weights for width", f"{len(bundle.sparse)} pruned ones", "prune after distillation")
     now = bundle.model.config.hidden_size
@@ -61,7 +60,7 @@ def check_narrower(bundle: Bundle, width: int) -> None:
     if width % heads or width < 2:
         fits = max(width // heads, 1) * heads
         raise StepError(f"a width that is a multiple of the model's {heads} heads", f"{width}", f"set it to {fits}")
-    if _projection(bundle) is not None and width == bundle.model.config.embedding_size:
+    if stream.projection(bundle.model, bundle.family) is not None and width == bundle.model.config.embedding_size:
         raise StepError(
             f"a width other than that of the tables, {width}, which the model projects from", f"{width}", "change it"
         )
@@ -77,8 +76,7 @@ def narrowed(bundle: Bundle, width: int, texts: Examples, context: Context, auto
     some = texts.take(range(min(len(texts), TEXTS)))
     with placed(bundle.model, find_device(context.device)):
         places = _moments(bundle, some, context)
-        stream = [places[name] for name in _stream_places(bundle)]
-        q = basis(stream, width)
+        q = basis([places[name] for name in _stream_places(bundle)], width)
         norms = _norms(bundle, some, q, context)
     model = _shell(bundle, width, auto)
     values = _values(bundle, model, q, places, norms)
@@ -106,31 +104,8 @@ def _shell(bundle: Bundle, width: int, auto: str) -> Any:
 # where things are
 
 
-def _projection(bundle: Bundle) -> nn.Module | None:
-    """The linear after narrower tables (ELECTRA)."""
-    path = bundle.family.embedding_projection
-    return None if path is None else getattr(base_of(bundle.model, bundle.family)[1], path, None)
-
-
 def _names(bundle: Bundle) -> dict[nn.Module, str]:
     return {module: name for name, module in bundle.model.named_modules()}
-
-
-def _head(bundle: Bundle) -> list[nn.Module]:
-    """Linears outside the blocks, in order: one that makes units of a text's state, if there is one, and one that reads them."""
-    _, base = base_of(bundle.model, bundle.family)
-    inside = {id(module) for module in base.get_submodule(bundle.family.stacks[0].blocks).modules()}
-    inside.add(id(_projection(bundle)))
-    return [m for m in bundle.model.modules() if isinstance(m, LINEARS) and id(m) not in inside]
-
-
-def _tables(bundle: Bundle) -> list[nn.Embedding]:
-    """Those that write the stream: words, positions and segments, unless a projection follows them."""
-    _, base = base_of(bundle.model, bundle.family)
-    if _projection(bundle) is not None:
-        return []
-    parent = str(bundle.family.embeddings["word"]).rpartition(".")[0]
-    return [module for module in base.get_submodule(parent).modules() if isinstance(module, nn.Embedding)]
 
 
 def _blocks(bundle: Bundle) -> list[tuple[dict[str, nn.Module], list[nn.Module], nn.Module]]:
@@ -146,7 +121,7 @@ def _blocks(bundle: Bundle) -> list[tuple[dict[str, nn.Module], list[nn.Module],
 def _stream_places(bundle: Bundle) -> list[nn.Module]:
     """One module at each place where the stream is read, whose input is looked at."""
     found = [module for parts, ups, _ in _blocks(bundle) for module in (parts["q"], ups[0])]
-    return [*found, *_head(bundle)[:1]]
+    return [*found, *stream.head(bundle.model, bundle.family)[:1]]
 
 
 # what passes
@@ -191,7 +166,7 @@ class _Fit:
 
 def _moments(bundle: Bundle, texts: Examples, context: Context) -> dict[nn.Module, Moments]:
     """Of what is read at every place of the stream, and of the units that the head's last linear reads."""
-    sums = {module: _Sums() for module in (*_stream_places(bundle), *_head(bundle)[1:])}
+    sums = {module: _Sums() for module in (*_stream_places(bundle), *stream.head(bundle.model, bundle.family)[1:])}
 
     def look(real: Tensor, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         sums[module].add(_tokens(inputs[0], real))
@@ -255,9 +230,9 @@ def _values(
         if bias is not None:
             found[f"{names[module]}.bias"] = bias
 
-    for table in _tables(bundle):
+    for table in stream.tables(bundle.model, bundle.family):
         put(table, table.weight.detach().cpu().double() @ q)
-    if (projection := _projection(bundle)) is not None:
+    if (projection := stream.projection(bundle.model, bundle.family)) is not None:
         put(projection, *_written(projection, q))
     for norm, (scale, shift) in norms.items():
         put(norm, scale, shift)
@@ -305,7 +280,7 @@ def _attention(
 
 def _put_head(bundle: Bundle, q: Tensor, places: dict[nn.Module, Moments], put: Callable[..., None]) -> None:
     """The head reads the stream through the basis; where it makes units first, the N that matter most stay."""
-    first, *rest = _head(bundle)
+    first, *rest = stream.head(bundle.model, bundle.family)
     weight, bias = _read(first, reader(q, places[first]))
     if not rest:
         put(first, weight, bias)

@@ -14,12 +14,38 @@ from flyweight.methods.prune.scores import Group, readers
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 
-__all__ = ["BETA", "GAMMA", "ZETA", "Gates", "gated", "likely", "open_share", "sample"]
+__all__ = [
+    "BETA",
+    "GAMMA",
+    "ZETA",
+    "Gates",
+    "gated",
+    "is_layers",
+    "is_part",
+    "likely",
+    "open_share",
+    "part_of",
+    "sample",
+]
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """Temperature, and the ends that the interval is stretched to before it is cut to [0, 1]."""
 START = 3.0  # log alpha at the beginning: open with .99
 EDGE = 1e-6
+FEED_FORWARD = -1  # stands where the number of an attention would
+
+
+def part_of(group: Group) -> Group:
+    """The gates, one a block, of whether the part that these heads or neurons make is there at all (z_MHA, z_FFN)."""
+    return Group(group.stack, None, FEED_FORWARD if group.attention is None else group.attention)
+
+
+def is_part(group: Group) -> bool:
+    return group.block is None and group.attention is not None
+
+
+def is_layers(group: Group) -> bool:
+    return group.block is None and group.attention is None
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -40,10 +66,10 @@ def likely(log_alpha: Tensor) -> Tensor:
 
 
 class Gates(nn.Module):
-    """One gate a head, neuron and layer of a model.
+    """One gate a head, neuron and layer of a model, and one a part of a block.
 
-    sizes: {group: units}, as `scores.groups` tells them. Drawn anew in every training pass; without chance in eval mode.
-    Once `fix` was called they stay what it was given.
+    sizes: {group: units}, as `scores.groups` tells them, and of parts (`part_of`) {group: blocks}. Drawn anew in every training
+    pass; without chance in eval mode. Once `fix` was called they stay what it was given.
     """
 
     def __init__(self, sizes: Mapping[Group, int]) -> None:
@@ -77,13 +103,16 @@ class Gates(nn.Module):
 def gated(bundle: Bundle, gates: Gates) -> Iterator[None]:
     """While inside, every pass of the model multiplies its units by gates, drawn once a pass.
 
-    A head's or neuron's gate multiplies what it gives to the linear that reads it. A layer's goes between what its block
-    answers and what it was given, x + z (block(x) - x): at zero the layer is not there.
+    A head's or neuron's gate multiplies what it gives to the linear that reads it, and so does that of its part: at zero the
+    bias of that linear is left. A layer's goes between what its block answers and what it was given, x + z (block(x) - x):
+    at zero the layer is not there.
     """
     drawn: dict[Group, Tensor] = {}
     hooks = [bundle.model.register_forward_pre_hook(_drawing(bundle.model, gates, drawn))]
     lists = surgery.blocks(bundle.model, bundle.family)
     for group in gates.groups:
+        if is_part(group):
+            continue
         if group.block is None:
             for number, block in enumerate(lists[group.stack]):
                 hooks.append(block.register_forward_hook(_passing(drawn, group, number), with_kwargs=True))
@@ -108,6 +137,8 @@ def _drawing(model: nn.Module, gates: Gates, drawn: dict[Group, Tensor]) -> Call
 def _scaling(drawn: Mapping[Group, Tensor], group: Group, size: int) -> Callable[..., Any]:
     def scale(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = drawn[group].repeat_interleave(size)
+        if (part := part_of(group)) in drawn:
+            gate = gate * drawn[part][group.block]
         return (given[0] * gate.to(given[0].dtype), *given[1:])
 
     return scale

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flyweight.measure.costs import Costs, Shapes, byte_costs, kinds_of
 from flyweight.measure.race import Race
 from flyweight.methods.prune import structured
-from flyweight.methods.prune.l0 import Price, learn_shape
+from flyweight.methods.prune.budget import Price
+from flyweight.methods.prune.gates import is_layers
+from flyweight.methods.prune.l0 import learn_shape
 from flyweight.methods.prune.scores import Group, groups
 from flyweight.methods.prune.shapes import kind_of, units_of
 from flyweight.methods.prune.wish import SURE, measured, narrow
@@ -46,7 +49,7 @@ def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) ->
     parts = groups(bundle, settings.target)
     notes = structured.cut(bundle, settings.target, {group: keep[group] for group in parts})
     whole = notes["parameters_before"]
-    layers = structured.cut(bundle, "layers", {group: stay for group, stay in keep.items() if group.block is None})
+    layers = structured.cut(bundle, "layers", {group: stay for group, stay in keep.items() if is_layers(group)})
     notes |= {
         "removed_layers": layers["removed"],
         "parameters_before": whole,
@@ -63,20 +66,29 @@ def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) ->
 
 
 def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
-    """A block's own costs are spread evenly over its parts, so that a layer that goes costs nothing."""
+    """What a block costs without any units is spread evenly over its parts, so that a layer that goes costs nothing.
+
+    Where a part cannot go altogether, less than one unit is only ever expected: the curve goes straight on.
+    """
     parts = {}
     for stack, blocks in shapes.items():
-        kinds = kinds_of(costs.curves, stack)
+        curves = {kind: _from_nothing(costs.curves[kind]) for kind in kinds_of(costs.curves, stack)}
+        rest = costs.block[stack] - sum(float(curve[1]) for curve in curves.values())
         for number, shape in enumerate(blocks):
             for attention in (*range(len(shape.heads)), None):
                 group = Group(stack, number, attention)
-                curve = costs.curves[kind_of(group)][: units_of(shapes, group) + 1] + costs.block[stack] / len(kinds)
-                curve = curve.copy()
-                curve[0] = (
-                    2 * curve[1] - curve[2] if len(curve) > 2 else 0.0
-                )  # less than one unit is only ever expected
-                parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
+                if units := units_of(shapes, group):
+                    curve = curves[kind_of(group)][: units + 1] + rest / len(curves)
+                    parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
     return Price(base, parts)
+
+
+def _from_nothing(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[units + 1]: what k units cost more than none."""
+    gone = curve[0]
+    if not np.isfinite(gone):
+        gone = 2 * curve[1] - curve[2] if len(curve) > 2 else curve[1]
+    return np.append(0.0, curve[1:] - gone)
 
 
 def _raced(after: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:

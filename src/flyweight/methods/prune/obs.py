@@ -228,7 +228,8 @@ def make_up(
                     continue
                 given = seen(linear, Moments.seen(block, site, bundle.device), name)
                 now = torch.zeros_like(weight)
-                now[:, columns_of(keep[group], size)] = restored(weight, given.gram, keep[group], size, damping, name)
+                if stay := keep[group]:
+                    now[:, columns_of(stay, size)] = restored(weight, given.gram, stay, size, damping, name)
                 errors[str(group)] = round(hessian.relative(now - weight, weight, given.gram), 6)
                 if given.mean is not None:
                     linear.get_parameter("bias").add_(shifted(weight, now, given.mean))

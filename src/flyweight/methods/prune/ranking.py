@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Losses", "Ranking", "losses_of", "rank"]
 
 Losses = dict[Group, NDArray[np.float64]]
-"""{group: [units + 1], what is lost when k of its units stay}; entry 0 is NaN: surgery keeps at least one."""
+"""{group: [units + 1], what is lost when k of its units stay}"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def losses_of(scores: Scores) -> Losses:
     found = {}
     for group, some in scores.items():
         lost = some.double().sort().values.cumsum(0).numpy()  # of 1, 2, ... units that went
-        found[group] = np.concatenate([[np.nan], lost[:-1][::-1], [0.0]])
+        found[group] = np.concatenate([lost[::-1], [0.0]])
     return found
 
 
@@ -82,6 +82,7 @@ def _errors(ordered: obs.Ordered, units: int) -> NDArray[np.float64]:
     found = np.full(units + 1, np.nan)
     for gone, error in enumerate(ordered.errors):
         found[units - gone] = error**2
+    found[0] = 1.0  # of what varies nothing is left; the mean stays, in the bias
     return found
 
 

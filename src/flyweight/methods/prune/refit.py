@@ -48,7 +48,7 @@ class Lack:
         Products are float32, their sums float64.
         """
         if self.biased:
-            reads = torch.cat([reads, torch.ones_like(reads[:, :1])], dim=1)
+            reads = torch.cat([reads, reads.new_ones(len(reads), 1)], dim=1)
         if weights is not None:
             reads, lacks = reads * weights, lacks * weights
         self.gram += reads.t() @ reads

@@ -26,7 +26,7 @@ from flyweight.calibration import Block, walk
 from flyweight.errors import StepError
 from flyweight.methods.prune.rebuild import block_error, error_on, rebuild
 from flyweight.methods.prune.refit import Lack, factors, refitted
-from flyweight.methods.prune.scores import Group, groups, readers, sample
+from flyweight.methods.prune.scores import Group, readers, sample
 from flyweight.models import surgery
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def _restored(
     whole.outputs = wanted
     held = held_back(wanted, context.seed)
     linears = _readers(bundle, block, settings.target)
+    if settings.restore == "masks":  # which leave biases as they are
+        linears = {group: one for group, one in linears.items() if surgery.weight_2d(one[0]).numel()}
     before = {group: _values(linear) for group, (linear, _) in linears.items()}
     way = "masks" if settings.restore == "masks" else "linear"
     errors = {"without": error_on(block, wanted, held)}
@@ -146,9 +148,16 @@ def _masks(linear: nn.Module, size: int) -> Solve:
 
 
 def _readers(bundle: Bundle, block: Block, target: str) -> dict[Group, tuple[nn.Module, int]]:
-    """{group of the block: (linear that reads it, columns a unit)}, in order of execution."""
-    here = [group for group in groups(bundle, target) if (group.stack, group.block) == (block.stack, block.number)]
-    return {group: readers(bundle, group)[0] for group in here}
+    """{group of the block: (linear that reads it, columns a unit)}, in order of execution; of parts that are gone those whose
+    bias is left."""
+    attentions = len(surgery.stacks(bundle.model, bundle.family)[block.stack].attention) if "heads" in target else 0
+    parts = [*range(attentions), *([None] if "neurons" in target else [])]
+    found = {one: readers(bundle, one)[0] for one in (Group(block.stack, block.number, part) for part in parts)}
+    return {one: (linear, size) for one, (linear, size) in found.items() if _fits(linear)}
+
+
+def _fits(linear: nn.Module) -> bool:
+    return surgery.weight_2d(linear).numel() > 0 or linear.bias is not None
 
 
 class Seen(NamedTuple):

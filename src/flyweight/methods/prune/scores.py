@@ -30,7 +30,10 @@ class Group(NamedTuple):
     attention: int | None = None
 
     def __str__(self) -> str:
-        return ".".join(str(part) for part in self if part is not None)
+        every = (
+            "*" if self.block is None and self.attention is not None else self.block
+        )  # of all blocks (`gates.part_of`)
+        return ".".join(str(part) for part in (self.stack, every, self.attention) if part is not None)
 
 
 Scores = dict[Group, Tensor]

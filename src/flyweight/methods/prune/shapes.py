@@ -57,8 +57,8 @@ def choose(
 ) -> Chosen[Group]:
     """The shapes of least loss that cost at most 1/`speedup` of what the reference costs.
 
-    losses:      {group: [units + 1], the loss of keeping k of its units; entry 0 is not looked at}. Groups that are not
-                 there keep all they have
+    losses:      {group: [units + 1], the loss of keeping k of its units; entry 0 is no number where the group's part is not to
+                 go altogether}. Groups that are not there keep all they have
     shapes:      of the model at hand (`surgery.shapes`)
     multiple_of: neurons kept are multiples of this, or all of them
     reference:   what it costs, by default as much as the model at hand
@@ -87,7 +87,8 @@ def choose(
 def options_of(
     losses: Mapping[Group, ArrayLike], costs: Costs, shapes: Shapes, multiple_of: int = 1
 ) -> dict[Group, Options]:
-    """What every group may keep: any number of heads from one on, neurons in multiples. Raises StepError, ValueError."""
+    """What every group may keep: any number of heads, neurons in multiples; none of them where both the loss and the cost of that
+    are known. Raises StepError, ValueError."""
     found = {}
     for group, given in losses.items():
         loss, units = np.asarray(given, dtype=np.float64), units_of(shapes, group)
@@ -95,9 +96,10 @@ def options_of(
             raise ValueError(f"{units + 1} losses of {group} are needed, from 0 units to {units}, not {loss.shape}")
         if not np.isfinite(loss[1:]).all():
             raise StepError(f"losses of {group} that are numbers", "NaN or infinity", "check the model and its data")
-        step = multiple_of if group.attention is None else 1
-        some = np.unique([*range(step, units, step), units])
-        found[group] = Options(some, loss[some], costs.curves[kind_of(group)][some])
+        step, curve = multiple_of if group.attention is None else 1, costs.curves[kind_of(group)]
+        gone = [0] if np.isfinite(loss[0]) and np.isfinite(curve[0]) else []
+        some = np.unique([*gone, *range(step, units, step), units])
+        found[group] = Options(some, loss[some], curve[some])
     return found
 
 
@@ -107,7 +109,7 @@ def _least(options: Mapping[Group, Options]) -> str:
     for group, one in options.items():
         unit = "neuron" if group.attention is None else "head"
         fewest[unit] = min(fewest.get(unit, int(one.kept[0])), int(one.kept[0]))
-    return " and ".join(f"{units} {unit}{'s' if units > 1 else ''}" for unit, units in fewest.items())
+    return " and ".join(f"{units} {unit}{'' if units == 1 else 's'}" for unit, units in fewest.items())
 
 
 def kind_of(group: Group) -> Kind:

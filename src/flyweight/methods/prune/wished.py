@@ -29,7 +29,7 @@ from flyweight.training.device import weights
 
 if TYPE_CHECKING:
     from flyweight.context import Context
-    from flyweight.methods.prune.ranking import Ranking
+    from flyweight.methods.prune.ranking import Losses, Ranking
     from flyweight.methods.prune.scores import Group
     from flyweight.methods.prune.structured import Keep
     from flyweight.models.bundle import Bundle
@@ -156,8 +156,9 @@ def check_wish(bundle: Bundle, settings: PruneSettings, context: Context) -> Non
     if settings.cost == "latency" and not alike:
         return  # only a race tells by how much the model at hand is faster
     whole = costs.total(shapes) if alike else _whole(_counted(reference, settings), reference)
-    losses = {group: np.zeros(units + 1) for group, units in groups(dense, settings.target).items()}
-    choose(losses, costs, shapes, settings.speedup, math.lcm(settings.multiple_of, costs.multiple), whole)
+    none = {group: np.zeros(units + 1) for group, units in groups(dense, settings.target).items()}
+    multiple = math.lcm(settings.multiple_of, costs.multiple)
+    choose(_allowed(none, settings), costs, shapes, settings.speedup, multiple, whole)
 
 
 def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ranking) -> tuple[Keep, dict[str, Any]]:
@@ -166,10 +167,11 @@ def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ran
     costs = costs_for(dense, settings, context)
     shapes = surgery.shapes(dense.model, dense.family)
     multiple = math.lcm(settings.multiple_of, costs.multiple)
+    losses = _allowed(ranking.losses, settings)
     with against(bundle, costs, settings, context) as wish:
 
         def make(factor: float) -> _Made:
-            chosen = choose(ranking.losses, costs, shapes, factor, multiple, wish.whole)
+            chosen = choose(losses, costs, shapes, factor, multiple, wish.whole)
             keep = structured.best(ranking.scores, chosen.kept)
             made = dense.copy()
             structured.cut(made, settings.target, keep)
@@ -188,6 +190,11 @@ def _met(bundle: Bundle, settings: PruneSettings, context: Context, ranking: Ran
         "costs": {"unit": costs.unit, "multiple_of": multiple, **costs.about},
     }
     return met.model.keep, notes
+
+
+def _allowed(losses: Losses, settings: PruneSettings) -> Losses:
+    """Without those of parts that go altogether where they are not to."""
+    return losses if settings.removes_parts else {g: np.append(np.nan, lost[1:]) for g, lost in losses.items()}
 
 
 def here(bundle: Bundle) -> Bundle:

@@ -182,7 +182,8 @@ def _candidates(bundle: Bundle, settings: QuantizeSettings) -> Iterator[tuple[st
         yield name, module, Grid(bits, settings.scheme, settings.granularity, settings.group_size), "block"
     tied = {id(module.weight) for module in tables.values()}
     for name, module in bundle.model.named_modules():
-        if isinstance(module, surgery.LINEARS) and name not in linears and id(module.weight) not in tied:
+        other = isinstance(module, surgery.LINEARS) and name not in linears and id(module.weight) not in tied
+        if other and surgery.weight_2d(module).numel():  # none is left of parts that are gone
             yield name, module, Grid(min(HEAD_BITS, widest(settings)), scheme, "channel"), "head"
 
 
