@@ -9,13 +9,12 @@ from benchmarks.tuned import SEEDS
 
 PLAIN = "plain"
 """The model as its package carries it, not fine-tuned."""
-NAMES = ("{reference}", "{mpnet}", "{minilm}")
-"""What may stand among the flags for a model: the row's own reference, MPNet's, MiniLM as its package carries it."""
 
 
 class Ask(NamedTuple):
     """One command, whose artifact is judged and timed beside the reference.
 
+    flags:   {reference}, {mpnet} and {minilm} stand for the row's own reference, MPNet's, and MiniLM as its package carries it
     start:   key of the row whose artifact it begins with; PLAIN; or nothing: the reference of its model and seed
     minutes: on 2 quiet cores, with judging
     total:   how many times as fast as the reference the result shall be; `--speedup` is what the start lacks of it
@@ -75,7 +74,6 @@ def _taught(key: str, summary: str, flags: str, minutes: float, start: str = "")
     return _mpnet(key, summary, "distill", f"--teacher {{reference}} {INSIDE} {flags}", minutes, start)
 
 
-TWICE = "heads and neurons, 2x"
 ONE_SHOT = (
     _cut("1.25x", "1.25x, no training", f"{WISH} --speedup 1.25"),
     _cut("1.5x", "**1.5x, no training**", f"{WISH} --speedup 1.5"),
@@ -160,13 +158,9 @@ def _students() -> tuple[Ask, ...]:
             Ask(key, f"**{what}**, distilled", "distill", taught, minutes, control=f"minilm-{key}-alone"),
             Ask(f"{key}-alone", f"{what}, no teacher", "distill", f"{rest} --alpha 0", 0.6 * minutes),
         ]
-    two = f"{taught_by_two('--layers every-other')} --epochs 6 --learning-rate 1e-4"
+    two = f"--layers every-other {ANSWERS} --more-teachers {{mpnet}} --epochs 6 --learning-rate 1e-4"
     last = Ask("3l-two", "three layers, taught by MPNet as well", "distill", two, 11, control="minilm-3l-alone")
     return (*found, last._replace(asked=True))
-
-
-def taught_by_two(flags: str) -> str:
-    return f"{flags} {INSIDE} --more-teachers {{mpnet}}"
 
 
 STUDENTS = _students()
