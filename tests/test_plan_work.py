@@ -9,19 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flyweight.calibration import walk
 from flyweight.hessian import Moments
-from flyweight.measure.reading import Lengths, in_order, predicted, trained, walked
+from flyweight.measure.reading import Lengths, Read, in_order, predicted, trained, walked
 from flyweight.measure.work import NOTHING, Rates, Work, machine_rates
-from flyweight.methods.prune.anatomy import anatomy_of
+from flyweight.methods.distill.expected import Student, asking, narrowing, student_share
+from flyweight.methods.prune import solving
+from flyweight.methods.prune.anatomy import Place, anatomy_of
 from flyweight.methods.prune.expected import Before, Texts, expected, left_of
 from flyweight.methods.prune.restore import restore as restored
 from flyweight.methods.prune.scores import groups
 from flyweight.methods.prune.structured import cut
+from flyweight.methods.prune.wishing import wish
 from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
-from flyweight.settings import PruneSettings
+from flyweight.plan.speed import counted as kept_by
+from flyweight.plan.training import Pupil, training, updates_of
+from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings
 from flyweight.training import predict
 from flyweight.training.batches import by_length
 from solver_cases import context, opened, texts
@@ -179,3 +185,103 @@ def test_shapes_that_are_left() -> None:
     assert neurons.heads == 1
     assert left_of(PruneSettings(target="layers", amount=0.25), anatomy).work == 0.75
     assert left_of(PruneSettings(target="vocabulary"), anatomy).work == 1
+
+
+def test_a_sweep_of_the_size_that_is_timed_gives_its_kinds_back() -> None:
+    """Work of a linear by hand: 8 columns, 3 rows, N:M in portions of 32 columns."""
+    place = anatomy_place(8, (3,))
+    plain, of_four = solving.sparsegpt(place, "unstructured"), solving.sparsegpt(place, "2:4")
+    assert plain.roots == plain.inverses == pytest.approx(2 * 512 / 3)
+    assert plain.wide == 3 * 8 * 8
+    assert plain.products == 4 * 2 * 3 * 8 * 8
+    assert (plain.rank_ones, of_four.rank_ones) == (128 * 24, 32 * 24)
+    assert (plain.ranked, of_four.ranked, plain.sorted, of_four.sorted) == (24, 0, 0, 12)
+
+
+def test_restoring_takes_sums_and_solutions_of_what_stays() -> None:
+    read = Read(10, 4096.0, 512)
+    place = anatomy_place(9, (4,), 9, "neurons")
+    half = solving.restored(place, 1 / 3, read, masks=False)  # three columns and a one
+    assert half.products == 2 * 4096 * 4 * (4 + 4)
+    assert half.added == 6 * 4 * 8  # portions of about 1024 tokens, one more of either part
+    assert half.roots == pytest.approx(4 * 64 / 3)
+    assert half.wide == 4 * (2 * 4 * 16 + 2 * 4 * 16)
+    assert solving.sums_bytes([place], 1.0, 1 / 3) == 2 * 8 * 4 * 8
+
+
+def test_a_wish_by_latency_takes_a_table_and_races(tiny: Tiny) -> None:
+    bundle = opened(tiny, "bert")
+    counted, _ = told(bundle, target="heads+neurons", speedup=2.0, cost="flops")
+    raced, _ = told(bundle, target="heads+neurons", speedup=2.0)
+    assert raced.tokens > counted.tokens + 128 * 16  # a race has at least so many rounds at 1x128
+    assert raced.seconds > counted.seconds + 5
+    anatomy = anatomy_of(bundle)
+    left = anatomy.weights - anatomy.inside // 2
+    found = wish(PruneSettings(target="heads+neurons", speedup=2.0), anatomy, 0.5)
+    assert (
+        found.bytes == 4 * anatomy.weights + 4 * 4 * left
+    )  # the reference in the engine, a result and its three copies
+
+
+def test_gates_and_their_memory(tiny: Tiny) -> None:
+    bundle = opened(tiny, "bert")
+    read = in_order(np.sort(lengths_of(bundle)))
+    work, memory = told(bundle, gate_bytes=1000.0, target="heads", amount=0.5, criterion="fisher")
+    assert work.gated == read.tokens
+    heads = sum(place.units for place in anatomy_of(bundle).places if place.what == "heads")
+    assert memory >= 1000 * read.largest + 4 * read_count(bundle) * heads
+    assert told(bundle, gate_bytes=0.0, target="heads", amount=0.5, criterion="fisher")[1] < memory
+
+
+def test_a_training_by_hand() -> None:
+    """8 texts of 5 tokens, batches of 4, 2 epochs: 4 updates and two looks at 3 texts of 7 tokens."""
+    settings = FinetuneSettings(epochs=2, batch_size=4)
+    rates = Rates.of(tokens=1.0, back_tokens=10.0, updates=0.01)
+    eight, three = np.full(8, 5), np.full(3, 7)
+    found = training(settings, eight, three, Pupil(100, 0.5, 2.0), rates, Work(tokens=3))
+    assert found.seconds == pytest.approx(0.5 * 4 * 20 * 11 + 3 + 2 * 0.5 * 21 + 4 * 100 * 0.01)
+    # two moments, best weights, and gradients or what 20 tokens keep, whichever is more
+    assert found.bytes == 400 * 2 + 400 + 400
+    assert training(settings, eight, three, Pupil(100, 0.5, 200.0), rates, NOTHING).bytes == 400 * 2 + 4000 + 400
+    assert training(settings, eight, None, Pupil(100, 0.5, 2.0), rates, NOTHING).bytes == 400 * 2 + 400
+    once = training(settings.model_copy(update={"max_steps": 1}), eight, None, Pupil(100, 1.0, 2.0), rates, NOTHING)
+    assert once.seconds == pytest.approx(20 * 11 + 1)
+    assert updates_of(settings, 9) == 6
+
+
+def test_teachers_are_asked_once_or_in_every_step() -> None:
+    parts, held = [np.full(8, 5)], np.full(3, 7)
+    asked = asking(DistillSettings(), parts, held, 4, 1000)
+    assert (asked.tokens, asked.passes, asked.hashed) == (40 + 21, 2, 4000)
+    two = asking(DistillSettings(more_teachers=("other",)), parts, held, 4, 1000)
+    assert two.tokens == 80 + 21
+    inside = asking(DistillSettings(hidden_weight=1.0, batch_size=4), parts, held, 4, 1000)
+    assert inside.tokens == asked.tokens + 4 * 20
+    changed = asking(DistillSettings(augment=0.2, batch_size=4, more_teachers=("other",)), parts, None, 4, 1000)
+    assert changed.tokens == 2 * 4 * 20
+    assert asking(DistillSettings(alpha=0.0, hidden_weight=1.0), parts, None, 2, 1000).tokens == 2 * 40
+
+
+def test_students() -> None:
+    assert student_share(DistillSettings(layers="every-other"), 5, 32) == (3 / 5, 1.0)
+    assert student_share(DistillSettings(layers=(0, 3)), 4, 32) == (0.5, 1.0)
+    assert student_share(DistillSettings(width=16), 4, 32) == (0.5, 0.5)
+    small = narrowing(np.full(300, 10), Student(32, 4, 4, 8, 64), 16)
+    assert small.tokens == 2 * 256 * 10  # two passes over as many texts as are looked at
+    assert narrowing(np.full(300, 10), Student(64, 4, 4, 16, 64), 16).wide > 2 * small.wide
+
+
+def test_what_the_way_back_keeps_is_counted_as_it_is() -> None:
+    """Two linears and a relu: their inputs and the relu's output, each once; no weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    with kept_by(model) as kept:
+        model(torch.randn(7, 6))
+    assert kept[0] == 4 * 7 * (6 + 5)
+
+
+def anatomy_place(width: int, outs: tuple[int, ...], units: int = 0, what: str = "") -> Place:
+    return Place(width, outs, 0.0, 1.0, units, what)
+
+
+def read_count(bundle: Bundle) -> int:
+    return len(texts(bundle))
