@@ -285,3 +285,9 @@ def anatomy_place(width: int, outs: tuple[int, ...], units: int = 0, what: str =
 
 def read_count(bundle: Bundle) -> int:
     return len(texts(bundle))
+
+
+def test_wanda_sorts_groups_or_rows() -> None:
+    place, read = anatomy_place(8, (3, 5)), Read(2, 10.0, 5)
+    assert solving.wanda(place, read, "2:4") == Work(moved=40 * 10 * 8 + 120 * 64, sorted=64)
+    assert solving.wanda(place, read, "unstructured").sorted == 5 * 64

@@ -160,7 +160,7 @@ def _weights(settings: PruneSettings, before: Before) -> Expected:
     way: hessian.Way = "squares" if settings.criterion == "wanda" else "factor"
     for place in places:
         if way == "squares":
-            work = work.plus(solving.wanda(place, read))
+            work = work.plus(solving.wanda(place, read, settings.pattern))
         else:
             work = work.plus(solving.sums(place.width, read), solving.sparsegpt(place, settings.pattern))
     return Expected(work, hessian.bytes_needed(linears, int(read.tokens), anatomy.hidden, way, read.largest))

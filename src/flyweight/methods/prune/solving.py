@@ -22,6 +22,7 @@ __all__ = ["made_up", "ordered", "rearranged", "rebuilt", "restored", "sparsegpt
 MATRIX = 80  # bytes moved for an entry of a Hessian: tested, divided, copied, damped, put in order, factors cleared and tested
 WEIGHT = 120  # for a weight that is corrected: to float64 and back, scores, masks, what is lost
 CALLS = 2000.0, 9.0  # of an OBS removal: by itself, and for every unit that is left
+RANKS = 5.0  # sorts of a row that its ranks are worth
 SWAPS = 0.3  # of a rearrangement: for every pair of a unit and one that is gone
 
 
@@ -45,9 +46,10 @@ def sparsegpt(place: Place, pattern: str) -> Work:
     return found
 
 
-def wanda(place: Place, read: Read) -> Work:
-    """Squares of what is read; weights are sorted row by row, twice for their ranks."""
-    return Work(moved=40 * read.tokens * place.width + 120 * place.weights, sorted=2 * place.weights)
+def wanda(place: Place, read: Read, pattern: str) -> Work:
+    """Squares of what is read; weights are sorted in groups, or row by row and, for their ranks, once more as whole numbers."""
+    times = RANKS if n_and_m(pattern) is None else 1.0
+    return Work(moved=40 * read.tokens * place.width + 120 * place.weights, sorted=times * place.weights)
 
 
 def ordered(place: Place) -> Work:
