@@ -218,6 +218,8 @@ def check(costs: Costs) -> None:
     np.testing.assert_allclose(costs.curves[HEADS][1:], 2.0 * np.arange(4), atol=1e-6)
     np.testing.assert_allclose(np.diff(costs.curves[NEURONS][16:]), 0.25, atol=1e-6)
     assert costs.block["encoder"] == pytest.approx(1.0 + 2.0 + 0.25 * 16)
+    assert costs.curves[HEADS][0] == pytest.approx(-2.0)
+    assert costs.curves[NEURONS][0] == pytest.approx(-0.25 * 16)  # one neuron costs what a panel of them does
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -227,7 +229,8 @@ def test_costs_of_a_made_up_machine_are_found(tiny: Tiny, tmp_path: Path, machin
     check(costs)
     shapes = surgery.shapes(bundle.model, bundle.family)
     assert costs.total(shapes) == pytest.approx(of_shapes(bundle))
-    number = 4 + 4 - 1 + 1 + 3  # heads, sizes of neurons (16, 32, 48, 64) without the anchor's, deeper, several
+    # heads, sizes of neurons (16, 32, 48, 64) without the anchor's, none of either, deeper, several
+    number = 4 + 4 - 1 + 2 + 1 + 3
     assert told.tracked == [(f"small models for {TERMS}", number), ("times of blocks", 6)]
     assert sorted(machine[-number:]) == sorted(f"{i} closed" for i in range(number))
     assert costs.about["rounds"] == 6

@@ -17,6 +17,7 @@ from distill_cases import SETTINGS, School  # noqa: E402
 from flyweight import artifact  # noqa: E402
 from flyweight.errors import StepError  # noqa: E402
 from flyweight.methods.distill import distill, reduce, width  # noqa: E402
+from flyweight.models import stream  # noqa: E402
 from flyweight.models.bundle import Bundle  # noqa: E402
 from flyweight.models.storage import restore, save  # noqa: E402
 from flyweight.models.surgery import blocks, keep_heads, keep_neurons  # noqa: E402
@@ -196,7 +197,7 @@ def doubled(narrow: Bundle, wide: Bundle) -> None:
     for parts, ups, down in width._blocks(narrow):
         kinds |= {of[id(module)]: kind for kind, module in parts.items()}
         kinds |= {of[id(up)]: "read" for up in ups} | {of[id(down)]: "write"}
-    first, last = width._head(narrow)
+    first, last = stream.head(narrow.model, narrow.family)
     kinds |= {of[id(first)]: "both", of[id(last)]: "read"}
     if narrow.family.embedding_projection:
         kinds["electra.embeddings_project"] = "write"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flyweight.context import Context
+from flyweight.context import Context, NoProgress
 from flyweight.errors import StepError
 from flyweight.methods.prune import structured
 from flyweight.methods.prune.budget import Price, settled
@@ -200,8 +200,17 @@ def test_what_is_settled_is_within_the_budget_and_fills_it(tiny: Tiny, share: fl
             assert price.total(keep) + float(curve[len(stay) + more] - curve[len(stay)]) > budget, "room was left"
 
 
+class Told(NoProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def context(tmp_path: Path, reference: Bundle) -> Context:
     return Context(
+        progress=Told(),
         task=task_named("text-classification"), seed=0, work=tmp_path, train=examples(120, 1), validation=examples(60, 2),
         reference=reference.copy, load=None,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -214,7 +223,11 @@ def opened(tiny: Tiny) -> Bundle:
 def test_training_ends_in_a_shape_within_the_wish(tiny: Tiny, tmp_path: Path) -> None:
     bundle = opened(tiny)
     price = price_of(bundle, base=0.0)
-    keep, notes = learn_shape(bundle, SETTINGS, context(tmp_path, bundle), price, 0.5)
+    task = context(tmp_path, bundle)
+    keep, notes = learn_shape(bundle, SETTINGS, task, price, 0.5)
+    assert isinstance(task.progress, Told)
+    assert notes["gates"] > 0.9  # a hundred steps are too few
+    assert any("train for more epochs" in note for note in task.progress.notes)
     assert 0.3 * price.whole < price.total(keep) <= 0.5 * price.whole
     candidates = [entry for entry in notes["history"] if entry["step"] >= SETTLE * notes["steps"]]
     assert notes["best_step"] >= SETTLE * notes["steps"]

@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from flyweight.errors import StepError
+from flyweight.models.bundle import Bundle
 from flyweight.models.family import Family
 from flyweight.models.linears import LINEARS, keep_columns, keep_rows, select, weight_2d
-from flyweight.models.surgery import KEPT_WIDTH, base_of, blocks, mlp_linears
+from flyweight.models.surgery import KEPT_WIDTH, base_of, blocks, mlp_linears, stacks
 
-__all__ = ["check", "fit_width", "head", "keep_dimensions", "norms", "projection", "tables", "width"]
+__all__ = ["check", "fit_width", "head", "keep_dimensions", "norms", "projection", "tables", "width", "width_of"]
 
 
 def check(model: nn.Module, family: Family, what: str) -> None:
@@ -56,8 +57,13 @@ def norms(model: nn.Module, family: Family) -> list[nn.LayerNorm]:
 
 
 def width(model: nn.Module, family: Family) -> int:
-    """Dimensions of the stream."""
-    return int(weight_2d(mlp_linears(_blocks(model, family)[0], family.stacks[0])[1]).shape[0])
+    """Dimensions of the stream, of any family."""
+    stack = next(iter(stacks(model, family).values()))
+    return int(weight_2d(mlp_linears(blocks(model, family)[stack.name][0], stack)[1]).shape[0])
+
+
+def width_of(bundle: Bundle) -> int:
+    return width(bundle.model, bundle.family)
 
 
 def keep_dimensions(model: nn.Module, family: Family, keep: Sequence[int]) -> None:

@@ -64,6 +64,9 @@ class PruneSettings(TeacherSettings):
     whole_parts: bool | None = None
     """`speedup`: an attention or a feed-forward part may go altogether, its bias stays; by default with `gradual: l0` alone,
     where training makes up for it."""
+    width: bool = False
+    """`gradual: l0`: dimensions of the residual stream go as well, of encoders with labels; for the highest compression. A table
+    of times has no narrower blocks: what they take is estimated."""
     samples: int = Field(512, ge=1)
     """Training examples that scores and restoring are taken on."""
     multiple_of: int = Field(1, ge=1)
@@ -106,6 +109,8 @@ class PruneSettings(TeacherSettings):
             )
         if self.whole_parts is not None and self.speedup is None and self.gradual != "l0":
             raise ValueError("whole_parts goes with speedup or gradual l0: an amount leaves every part something")
+        if self.width and self.gradual != "l0":
+            raise ValueError("width goes with gradual l0; a student of fewer dimensions is made by distill")
         if self.gradual != "one-shot" and self.restore != "none":
             raise ValueError(f"gradual {self.gradual} trains what is left: set restore to none")
         return self

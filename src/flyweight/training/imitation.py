@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flyweight.errors import StepError
 from flyweight.models.bundle import Bundle
-from flyweight.models.surgery import blocks, kept_heads, layout, weight_2d
+from flyweight.models.stream import width_of
+from flyweight.models.surgery import blocks, kept_heads, layout
 from flyweight.settings import DistillSettings, TeacherSettings
 from flyweight.training import losses
 from flyweight.training.device import seeded
@@ -187,16 +188,10 @@ def check_relation_heads(student: Bundle, teacher: Bundle, teacher_layer: int, h
         )
 
 
-def _width(bundle: Bundle) -> int:
-    """Of the residual stream, which a config may call wider than it is."""
-    row, blocks = one_stack(bundle)
-    return int(weight_2d(blocks[0].get_submodule(row.mlp.down)).shape[0])
-
-
 def _maps(
     student: Bundle, teacher: Bundle, weights: Weights, depth: int, seed: int, basis: Tensor | None
 ) -> dict[str, nn.ModuleList]:
-    widths = _width(student), _width(teacher)
+    widths = width_of(student), width_of(teacher)
     with seeded(seed):
         made = {
             "maps": losses.projections(depth if weights.hidden else 0, *widths),

@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from flyweight.methods.prune.gates import Gates, is_layers, is_part, part_of
+from flyweight.methods.prune.gates import WIDTH, Gates, is_layers, is_part, part_of
 from flyweight.methods.prune.scores import Group
 
 __all__ = ["Price", "least", "likeliest", "settled"]
 
 Kept = dict[Group, list[int]]
 """{group: units that stay}; of layers and parts the blocks that have them"""
+DIMENSIONS = 8
+"""Of the stream go in multiples of this: products of odd widths are slow."""
 
 
 @dataclass(frozen=True)
 class Price:
     """What a shape costs, in any unit.
 
-    base:  what no gate can save
-    parts: {heads of an attention or neurons of a block: [units + 1] cost if so many are kept}; a layer that goes costs nothing
+    base:   what no gate can save
+    parts:  {heads of an attention or neurons of a block: [units + 1] cost if so many are kept}; a layer that goes costs nothing
+    width:  dimensions of the residual stream, where they have gates
+    narrow: the same of a model with one dimension; all costs lie on a straight line between the two
     """
 
     base: float
     parts: Mapping[Group, Tensor]
+    width: int = 1
+    narrow: Price | None = None
 
     def expected(self, shares: Mapping[Group, Tensor]) -> Tensor:
         """Of gates that are open with these probabilities, a scalar; differentiable."""
+        whole = self._expected(shares)
+        if self.narrow is None or WIDTH not in shares:
+            return whole
+        least = self.narrow._expected(shares)
+        return least + (shares[WIDTH].sum() - 1) / (self.width - 1) * (whole - least)
+
+    def at(self, width: int) -> Price:
+        """Of a model with so many dimensions."""
+        if self.narrow is None or width == self.width:
+            return replace(self, narrow=None)
+        share, few = (width - 1) / (self.width - 1), self.narrow
+        parts = {group: few.parts[group] + share * (curve - few.parts[group]) for group, curve in self.parts.items()}
+        return Price(few.base + share * (self.base - few.base), parts)
+
+    def _expected(self, shares: Mapping[Group, Tensor]) -> Tensor:
         first = next(iter(shares.values()))
         total = first.new_tensor(self.base)
         for group, curve in self.parts.items():
@@ -40,6 +61,8 @@ class Price:
 
     def total(self, keep: Mapping[Group, Sequence[int]]) -> float:
         """Of the units kept; groups of layers name the layers that stay."""
+        if self.narrow is not None and WIDTH in keep:
+            return self.at(len(keep[WIDTH])).total(keep)
         found = self.base
         for group, curve in self.parts.items():
             layers = keep.get(Group(group.stack))
@@ -68,10 +91,39 @@ def settled(gates: Gates, price: Price, budget: float, multiple_of: int = 1) -> 
 
     Layers and parts of blocks stay where they are more likely open than not; of each stack one layer at least, and every part
     that stays keeps at least one unit (neurons: `multiple_of`). Then the most likely unit of all is taken as long as the budget
-    allows. Layers and parts go on going, least likely first, where even the least is too dear. Raises ValueError where one
-    layer of each stack is.
+    allows. Layers and parts go on going, least likely first, where even the least is too dear, at last dimensions of the stream.
+    Raises ValueError where one layer of each stack is.
     """
     shares = {group: share.detach().cpu() for group, share in gates.open().items()}
+    if (share := shares.pop(WIDTH, None)) is None:
+        keep = _within(shares, price, budget, multiple_of)
+    else:
+        keep = _with_width(share, shares, price, budget, multiple_of)
+    if keep is None:
+        raise ValueError("no shape within the budget")
+    return keep
+
+
+def _with_width(
+    share: Tensor, shares: Mapping[Group, Tensor], price: Price, budget: float, multiple_of: int
+) -> Kept | None:
+    """As many dimensions as are expected to be open, fewer where no shape of that width is within the budget, more where one that
+    lacks nothing leaves some of it."""
+    size = min(DIMENSIONS, len(share))
+    count = min(max(size * round(float(share.sum()) / size), size), len(share))
+    keep = _within(shares, price.at(count), budget, multiple_of)
+    while keep is None and count > size:
+        count = size * ((count - 1) // size)
+        keep = _within(shares, price.at(count), budget, multiple_of)
+    if keep is None:
+        return None
+    while count < len(share) and price.at(min(count + size, len(share))).total(keep) <= budget:
+        count = min(count + size, len(share))
+    best = share.argsort(descending=True, stable=True)[:count]
+    return {**keep, WIDTH: sorted(best.tolist())}
+
+
+def _within(shares: Mapping[Group, Tensor], price: Price, budget: float, multiple_of: int) -> Kept | None:
     there = {group: likeliest(share) for group, share in shares.items() if is_layers(group)}
     there |= {group: (share > 0.5).nonzero()[:, 0].tolist() for group, share in shares.items() if is_part(group)}
     while True:
@@ -85,7 +137,7 @@ def settled(gates: Gates, price: Price, budget: float, multiple_of: int = 1) -> 
             if (len(stay) > 1 if is_layers(group) else n in there.get(Group(group.stack), stay))
         ]
         if not spare:
-            raise ValueError("no shape within the budget")
+            return None
         _, group, number = min(spare, key=lambda one: one[0])
         there[group] = [n for n in there[group] if n != number]
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flyweight.methods.prune.scores import Group, readers
-from flyweight.models import surgery
+from flyweight.models import stream, surgery
 from flyweight.models.bundle import Bundle
 
 __all__ = [
     "BETA",
     "GAMMA",
+    "WIDTH",
     "ZETA",
     "Gates",
     "gated",
@@ -32,6 +33,8 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """Temperature, and the ends that the interval is stretched to before it is cut to [0, 1]."""
 START = 3.0  # log alpha at the beginning: open with .99
 EDGE = 1e-6
+WIDTH = Group("width")
+"""The gates of the residual stream, one a dimension, which all layers share (z_hidn)."""
 FEED_FORWARD = -1  # stands where the number of an attention would
 
 
@@ -45,7 +48,7 @@ def is_part(group: Group) -> bool:
 
 
 def is_layers(group: Group) -> bool:
-    return group.block is None and group.attention is None
+    return group.block is None and group.attention is None and group != WIDTH
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -66,10 +69,10 @@ def likely(log_alpha: Tensor) -> Tensor:
 
 
 class Gates(nn.Module):
-    """One gate a head, neuron and layer of a model, and one a part of a block.
+    """One gate a head, neuron and layer of a model, one a part of a block, and one a dimension of the residual stream.
 
-    sizes: {group: units}, as `scores.groups` tells them, and of parts (`part_of`) {group: blocks}. Drawn anew in every training
-    pass; without chance in eval mode. Once `fix` was called they stay what it was given.
+    sizes: {group: units}, as `scores.groups` tells them, of parts (`part_of`) {group: blocks}, of WIDTH dimensions. Drawn anew in
+    every training pass; without chance in eval mode. Once `fix` was called they stay what it was given.
     """
 
     def __init__(self, sizes: Mapping[Group, int]) -> None:
@@ -105,13 +108,16 @@ def gated(bundle: Bundle, gates: Gates) -> Iterator[None]:
 
     A head's or neuron's gate multiplies what it gives to the linear that reads it, and so does that of its part: at zero the
     bias of that linear is left. A layer's goes between what its block answers and what it was given, x + z (block(x) - x):
-    at zero the layer is not there.
+    at zero the layer is not there. Dimensions of the stream are taken out where norms give it: these see the open ones only.
     """
     drawn: dict[Group, Tensor] = {}
     hooks = [bundle.model.register_forward_pre_hook(_drawing(bundle.model, gates, drawn))]
     lists = surgery.blocks(bundle.model, bundle.family)
     for group in gates.groups:
         if is_part(group):
+            continue
+        if group == WIDTH:
+            hooks += _on_stream(bundle, drawn)
             continue
         if group.block is None:
             for number, block in enumerate(lists[group.stack]):
@@ -152,3 +158,22 @@ def _passing(drawn: Mapping[Group, Tensor], group: Group, number: int) -> Callab
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return mix
+
+
+def _on_stream(bundle: Bundle, drawn: Mapping[Group, Tensor]) -> list[Any]:
+    """Wherever the stream is read a norm gave it, or at the entry of some models a projection."""
+
+    def narrow(norm: nn.LayerNorm, given: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        gate = drawn[WIDTH].to(given[0].dtype)
+        there = (gate != 0).to(given[0].dtype)
+        count = there.sum().clamp(min=1)
+        centred = (given[0] - (given[0] * there).sum(-1, keepdim=True) / count) * there
+        size = (centred.square().sum(-1, keepdim=True) / count + norm.eps).rsqrt()
+        return (centred * size * norm.weight + norm.bias) * gate
+
+    def enter(_: nn.Module, given: Any, output: Tensor) -> Tensor:
+        return output * drawn[WIDTH].to(output.dtype)
+
+    hooks: list[Any] = [one.register_forward_hook(narrow) for one in stream.norms(bundle.model, bundle.family)]
+    entry = stream.projection(bundle.model, bundle.family)
+    return hooks if entry is None else [*hooks, entry.register_forward_hook(enter)]

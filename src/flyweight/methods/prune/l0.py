@@ -21,10 +21,11 @@ from flyweight.context import Context
 from flyweight.errors import StepError
 from flyweight.measure.costs import Kind, removable
 from flyweight.methods.prune.budget import Price, least, likeliest, settled
-from flyweight.methods.prune.gates import Gates, gated, is_layers, likely, part_of
+from flyweight.methods.prune.gates import WIDTH, Gates, gated, is_layers, likely, part_of
 from flyweight.methods.prune.scores import Group, groups, readers
-from flyweight.models import surgery
+from flyweight.models import stream, surgery
 from flyweight.models.bundle import Bundle
+from flyweight.models.stream import width_of
 from flyweight.settings import PruneSettings
 from flyweight.training import evaluating
 from flyweight.training.distillation import Distillation
@@ -39,6 +40,8 @@ FALL, SETTLE = 0.4, 0.6
 """Shares of the steps: until the budget has fallen to the wish; until the shape is settled."""
 GATE_RATE = 0.05
 """Learning rate of log alpha and of the multipliers (AdamW moves each by about so much a step)."""
+MISSED = 0.25
+"""By so much more than wished for gates may cost at the end, as a share, before it is said that they had too little time."""
 MATCHED = 4
 """Teacher layers that are imitated, spread evenly."""
 
@@ -73,15 +76,25 @@ class L0(Distillation):
         self.multipliers = nn.ParameterList([torch.zeros(()), torch.zeros(())])
         for multiplier in self.multipliers:
             multiplier.register_hook(torch.neg)
-        self.through = 0.0
+        self.through, self.reached = 0.0, 1.0
         self.keep: dict[Group, list[int]] | None = None
         depth = {name: len(blocks) for name, blocks in surgery.blocks(teacher.model, teacher.family).items()}
         (count,) = depth.values() if self.settings.hidden_weight > 0 else (0,)
+        self.map = self._map() if count else None
         self.taught = sorted({math.ceil((n + 1) * count / MATCHED) - 1 for n in range(MATCHED)}) if count else []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         own = [*self.gates.log_alpha, *self.multipliers]
-        return [*super().parameter_groups(), {"params": own, "lr": GATE_RATE, "weight_decay": 0.0}]
+        mapped = [] if self.map is None else [{"params": [self.map.weight], "weight_decay": 0.0}]
+        return [*super().parameter_groups(), *mapped, {"params": own, "lr": GATE_RATE, "weight_decay": 0.0}]
+
+    def _map(self) -> nn.Linear | None:
+        """From the student's stream to the teacher's, where the student's may lose dimensions: W_layer of section 3.2."""
+        if WIDTH not in self.gates.groups:
+            return None
+        made = nn.Linear(width_of(self.student), width_of(self.teacher), bias=False)
+        nn.init.eye_(made.weight)
+        return made.to(self.gates.log_alpha[0].device)
 
     @property
     def budget(self) -> float:
@@ -107,11 +120,9 @@ class L0(Distillation):
         """Mean squared distance over matched pairs; layers that are rather closed take no part."""
         (group,) = (group for group in self.gates.groups if is_layers(group))
         there = self.keep[group] if self.keep is not None else likeliest(self.gates.open()[group].detach())
+        own = {s: mine[s][real] if self.map is None else self.map(mine[s][real]) for s in there}
         errors = torch.stack(
-            [
-                torch.stack([(mine[s][real] - theirs[t][real]).float().square().mean() for s in there])
-                for t in self.taught
-            ]
+            [torch.stack([(own[s] - theirs[t][real]).float().square().mean() for s in there]) for t in self.taught]
         )
         pairs = matched(errors.detach())
         return errors[torch.arange(len(pairs)), torch.tensor(pairs)].mean()
@@ -124,13 +135,16 @@ class L0(Distillation):
     @torch.no_grad()
     def _settle(self) -> None:
         """Choose the shape. What a gate was worth without chance goes into the weights, so that the answers stay."""
+        self.reached = float(self.price.expected(self.gates.open())) / self.price.whole
         keep = settled(self.gates, self.price, self.share * self.price.whole, self.multiple)
         values = {group: torch.zeros_like(self.gates.alpha(group)) for group in self.gates.groups}
         for group, stay in keep.items():
             values[group][stay] = 1.0
+            worth = likely(self.gates.alpha(group))
+            if group == WIDTH:
+                _scale_stream(self.student, torch.where(worth > 0, worth, torch.ones_like(worth)))
             if group.block is None:
                 continue
-            worth = likely(self.gates.alpha(group))
             if (part := part_of(group)) in keep:
                 worth = worth * likely(self.gates.alpha(part))[group.block]
             worth = torch.where(worth > 0, worth, torch.ones_like(worth))  # taken in by the budget
@@ -142,11 +156,11 @@ class L0(Distillation):
     def state_dict(self) -> dict[str, Any]:
         fixed = None if self.gates.fixed is None else {str(group): value for group, value in self.gates.fixed.items()}
         keep = None if self.keep is None else {str(group): stay for group, stay in self.keep.items()}
-        return {**super().state_dict(), "through": self.through, "fixed": fixed, "keep": keep}
+        return {**super().state_dict(), "through": self.through, "reached": self.reached, "fixed": fixed, "keep": keep}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.through = state["through"]
+        self.through, self.reached = state["through"], state["reached"]
         names = {str(group): group for group in self.gates.groups}
         self.gates.fixed = None if state["fixed"] is None else {names[n]: v for n, v in state["fixed"].items()}
         self.keep = None if state["keep"] is None else {names[n]: list(stay) for n, stay in state["keep"].items()}
@@ -188,17 +202,34 @@ def learn_shape(
         )
     if objective.keep is None:
         raise StepError("at least one training step", f"{result.steps}", "raise epochs or max_steps")
-    return objective.keep, result.notes()
+    if objective.reached > (1 + MISSED) * share:
+        context.progress.note(
+            f"warning: when the shape was settled, gates expected {objective.reached:.3g} of the cost where {share:.3g} was "
+            "wished for: the rest was taken by what little they had learned; train for more epochs"
+        )
+    return objective.keep, {**result.notes(), "gates": round(objective.reached, 4)}
+
+
+def _scale_stream(bundle: Bundle, by: Tensor) -> None:
+    """What gives the stream its dimensions, [dimensions]."""
+    writers: list[nn.Module] = [*stream.norms(bundle.model, bundle.family)]
+    if (entry := stream.projection(bundle.model, bundle.family)) is not None:
+        writers.append(entry)
+    for module in writers:
+        for parameter in module.parameters():
+            parameter.mul_(by.to(parameter) if parameter.ndim == 1 else by.to(parameter)[:, None])
 
 
 def _gate_sizes(bundle: Bundle, settings: PruneSettings) -> dict[Group, int]:
-    """{group: gates}: layers, heads, neurons, and the parts that these make where they may go altogether."""
+    """{group: gates}: layers, heads, neurons, the parts that these make where they may go altogether, and the width."""
     found = {**groups(bundle, "layers"), **groups(bundle, "heads"), **groups(bundle, "neurons")}
     depth = {group.stack: count for group, count in found.items() if is_layers(group)}
     for group in list(found):
         kind = Kind(group.stack, group.attention)
         if group.block is not None and settings.removes_parts and removable(bundle, kind):
             found[part_of(group)] = depth[group.stack]
+    if settings.width:
+        found[WIDTH] = width_of(bundle)
     return found
 
 
@@ -210,18 +241,8 @@ def _with_hidden_weight(settings: PruneSettings, bundle: Bundle, teacher: Bundle
     stacks = surgery.blocks(bundle.model, bundle.family)
     if "hidden_weight" not in settings.model_fields_set:
         depth = [len(surgery.blocks(who.model, who.family)) for who in (bundle, teacher)]
-        fits = depth == [1, 1] and same_tokens(teacher, bundle) and _width(bundle) == _width(teacher)
+        fits = depth == [1, 1] and same_tokens(teacher, bundle) and width_of(bundle) == width_of(teacher)
         return settings.model_copy(update={"hidden_weight": 1.0 if fits else 0.0})
     if settings.hidden_weight > 0 and len(stacks) > 1:
         raise StepError("a model with one stack of blocks for hidden_weight", ", ".join(stacks), "set it to 0")
     return settings
-
-
-def _width(bundle: Bundle) -> int:
-    """Of the residual stream."""
-    stack, block = next(iter(surgery.stacks(bundle.model, bundle.family).values())), _first_block(bundle)
-    return int(surgery.weight_2d(surgery.mlp_linears(block, stack)[1]).shape[0])
-
-
-def _first_block(bundle: Bundle) -> nn.Module:
-    return next(iter(surgery.blocks(bundle.model, bundle.family).values()))[0]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flyweight.measure.costs import Costs, Shapes, byte_costs, kinds_of
+from flyweight.errors import StepError
+from flyweight.measure.costs import Costs, Shapes, byte_costs, flop_costs, kinds_of
 from flyweight.measure.race import Race
 from flyweight.methods.prune import structured
 from flyweight.methods.prune.budget import Price
-from flyweight.methods.prune.gates import is_layers
+from flyweight.methods.prune.gates import WIDTH, is_layers
 from flyweight.methods.prune.l0 import learn_shape
 from flyweight.methods.prune.scores import Group, groups
 from flyweight.methods.prune.shapes import kind_of, units_of
 from flyweight.methods.prune.wish import SURE, measured, narrow
 from flyweight.methods.prune.wished import against, costs_for, here, terms
-from flyweight.models import surgery
+from flyweight.models import stream, surgery
 
 if TYPE_CHECKING:
     from flyweight.context import Context
@@ -36,20 +38,29 @@ def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) ->
     Raises StepError as `learn_shape` and `wished.against` do.
     """
     shapes = surgery.shapes(bundle.model, bundle.family)
+    if settings.width:
+        _check_width(bundle, context)
     if settings.speedup is None:
         assert settings.amount is not None
         costs, share = byte_costs(bundle), 1 - settings.amount
-        price = price_of(costs, shapes, base=0.0)
     else:
         costs = costs_for(bundle, settings, context)
         with against(bundle, costs, settings, context) as wish:
             share = wish.whole / settings.speedup / costs.total(shapes)
-        price = price_of(costs, shapes, base=costs.base)
+    base = 0.0 if settings.speedup is None else costs.base
+    price = price_of(costs, shapes, base)
+    if settings.width:
+        price = _with_width(price, bundle, settings, shapes, base)
     keep, training = learn_shape(bundle, settings, context, price, share)
     parts = groups(bundle, settings.target)
     notes = structured.cut(bundle, settings.target, {group: keep[group] for group in parts})
     whole = notes["parameters_before"]
     layers = structured.cut(bundle, "layers", {group: stay for group, stay in keep.items() if is_layers(group)})
+    if settings.width:
+        stream.keep_dimensions(bundle.model, bundle.family, keep[WIDTH])
+        layers["parameters_after"] = sum(parameter.numel() for parameter in bundle.model.parameters())
+        layers["plain"] = surgery.sync_config(bundle.model, bundle.family)
+        notes["width"] = {"of": price.width, "kept": len(keep[WIDTH]), "priced": _priced_by(settings)}
     notes |= {
         "removed_layers": layers["removed"],
         "parameters_before": whole,
@@ -81,6 +92,35 @@ def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
                     curve = curves[kind_of(group)][: units + 1] + rest / len(curves)
                     parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
     return Price(base, parts)
+
+
+def _check_width(bundle: Bundle, context: Context) -> None:
+    """Raises StepError where the hidden width cannot go."""
+    if not context.task.labelled:
+        raise StepError(
+            "a task whose answers are classes for width",
+            f"{context.task.name}, whose answers are the hidden states themselves",
+            "leave out width",
+        )
+    stream.check(bundle.model, bundle.family, "width")
+
+
+def _with_width(price: Price, bundle: Bundle, settings: PruneSettings, shapes: Shapes, base: float) -> Price:
+    """Counted costs are exact, by a model with one dimension; times of blocks are taken to go with the width, an estimate: a
+    table has no narrower blocks."""
+    size = stream.width_of(bundle)
+    if settings.speedup is not None and settings.cost == "latency":
+        return replace(price, width=size, narrow=Price(base, {g: curve / size for g, curve in price.parts.items()}))
+    thin = bundle.copy()
+    stream.keep_dimensions(thin.model, thin.family, [0])
+    counted = settings.speedup is not None and settings.cost == "flops"
+    costs = flop_costs(thin, settings.shape[1]) if counted else byte_costs(thin)
+    return replace(price, width=size, narrow=price_of(costs, shapes, 0.0 if settings.speedup is None else costs.base))
+
+
+def _priced_by(settings: PruneSettings) -> str:
+    estimated = settings.speedup is not None and settings.cost == "latency"
+    return "estimated: times of blocks in proportion to the width" if estimated else "counted"
 
 
 def _from_nothing(curve: NDArray[np.float64]) -> NDArray[np.float64]:
