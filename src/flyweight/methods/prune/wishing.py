@@ -35,14 +35,18 @@ def wish(settings: PruneSettings, anatomy: Anatomy, left: float, tries: int = TR
     chosen = [place for place in anatomy.places if place.what and place.what in settings.target]
     options = sum(place.units for place in chosen) / settings.multiple_of
     one = Work(calls=OPTION * options, moved=8 * anatomy.weights + 24 * anatomy.inside)
+    opened = Work(
+        hashed=2 * 4 * anatomy.weights
+    )  # the reference, verified; the model at hand, for the key of what is kept
     if settings.cost != "latency":
-        return Wish(one.plus(Work(hashed=4 * anatomy.weights)), 4 * anatomy.weights)
+        return Wish(one.plus(opened), 2 * 4 * anatomy.weights)  # the reference and a copy
     weights = int(anatomy.weights - anatomy.inside + left * anatomy.inside)
     blocks = len(anatomy.blocks)
     race = run(settings, 1.0).plus(run(settings, left)).times(ROUNDS + WARM_UP)
     each = one.plus(exported(weights, blocks), race)
-    work = each.times(tries).plus(exported(anatomy.weights, blocks), Work(hashed=4 * anatomy.weights))
-    files = (FILES + 1) * 4 * weights + 4 * anatomy.weights  # the result, and the reference in the engine
+    work = each.times(tries).plus(exported(anatomy.weights, blocks), opened)
+    whole, part = 4 * anatomy.weights, 4 * weights
+    files = max((FILES + 1) * whole, whole + (FILES + 1) * part)  # opening the reference; later it and a result
     return Wish(work.plus(table(settings, anatomy)), int(files))
 
 
