@@ -218,9 +218,8 @@ def test_a_wish_by_latency_takes_a_table_and_races(tiny: Tiny) -> None:
     anatomy = anatomy_of(bundle)
     left = anatomy.weights - anatomy.inside // 2
     found = wish(PruneSettings(target="heads+neurons", speedup=2.0), anatomy, 0.5)
-    assert (
-        found.bytes == 4 * anatomy.weights + 4 * 4 * left
-    )  # the reference in the engine, a result and its three copies
+    whole = 4 * anatomy.weights
+    assert found.bytes == max(4 * whole, whole + 4 * 4 * left)  # three copies of what is exported beside what is open
 
 
 def test_gates_and_their_memory(tiny: Tiny) -> None:
