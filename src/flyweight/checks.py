@@ -150,7 +150,7 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
                 if cut and settings.inside:
                     _refuse_inside(f"steps[{number}] {step.name}", settings.inside)
                 elif settings.inside:
-                    check_tokens("the student", at_hand, f"the teacher for {settings.inside}", teacher)
+                    check_tokens("the student", at_hand, f"the teacher for {settings.inside}", teacher, settings.inside)
             if isinstance(settings, DistillSettings):
                 check_top(settings.top_k, teacher)
                 if settings.width is not None:

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 STEPS = {
     "finetune": Step(FinetuneSettings, "flyweight.methods.finetune:finetune", "train all weights on labelled data"),
     "distill": Step(DistillSettings, "flyweight.methods.distill:distill", "train a student to answer as its teacher"),
-    "prune": Step(PruneSettings, "flyweight.methods.prune:prune", "remove weights, heads, neurons or layers"),
+    "prune": Step(PruneSettings, "flyweight.methods.prune:prune", "remove weights, heads, neurons, layers or tokens"),
     "quantize": Step(QuantizeSettings, "flyweight.methods.quantize:quantize", "store weights in 8 to 1 bits"),
 }
 

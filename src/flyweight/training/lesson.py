@@ -105,7 +105,7 @@ class Lesson:
         for one in (teacher, *others):
             check_fit(student, one)
             if settings.inside:
-                check_tokens("the student", student, f"the teacher for {settings.inside}", one)
+                check_tokens("the student", student, f"the teacher for {settings.inside}", one, settings.inside)
             theirs = own if same_tokens(one, student) else seen_by("the teacher", one)
             asked.append(Asked(one, identity(one), texts(settings, theirs), theirs.validation))
             for reader, some in ((student, parts), (one, asked[-1].parts)):

@@ -88,8 +88,11 @@ def same_tokens(one: Bundle, other: Bundle) -> bool:
     return _vocabulary(one) == _vocabulary(other)
 
 
-def check_tokens(who: str, one: Bundle, whom: str, other: Bundle) -> None:
-    """Raises StepError naming both vocabularies where the tokens of two models are not the same."""
+def check_tokens(who: str, one: Bundle, whom: str, other: Bundle, inside: str = "") -> None:
+    """Raises StepError naming both vocabularies where the tokens of two models are not the same.
+
+    inside: settings that could be left out instead
+    """
     mine, theirs = _vocabulary(one), _vocabulary(other)
     if mine == theirs:
         return
@@ -97,7 +100,9 @@ def check_tokens(who: str, one: Bundle, whom: str, other: Bundle) -> None:
     raise StepError(
         f"{who} to read the same tokens as {whom} ({len(theirs)} of them)",
         f"a vocabulary of {len(mine)}, {same} of which agree",
-        "choose models that share a tokenizer",
+        f"leave {inside} out: answers alone teach across vocabularies"
+        if inside
+        else "choose models that share a tokenizer",
     )
 
 
