@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch", reason="distillation needs the extra `compr
 import training_cases as cases  # noqa: E402
 from flyweight.errors import StepError  # noqa: E402
 from flyweight.models.bundle import Bundle  # noqa: E402
+from flyweight.models.stream import keep_dimensions  # noqa: E402
 from flyweight.models.surgery import keep_heads, keep_layers_of  # noqa: E402
 from flyweight.settings import DistillSettings, QuantizeSettings  # noqa: E402
 from flyweight.training import losses, pair  # noqa: E402
@@ -91,6 +93,30 @@ def test_heads_of_the_same_number_go_together(tiny: Callable[..., Path]) -> None
         head_pairs(student, teacher, [1, 3])
     with pytest.raises(StepError, match="with the teacher's 4 heads for attention_weight, got 2; use relation_weight"):
         head_pairs(bundle_of(tiny, "bert", num_attention_heads=2), teacher, [0, 1, 2, 3])
+
+
+def test_what_is_gone_has_nothing_to_imitate(tiny: Callable[..., Path]) -> None:
+    """Blocks without attention take no part in the loss of scores; a narrower stream gets a map to the teacher's."""
+    student, teacher = (bundle_of(tiny, "bert", seed) for seed in (0, 1))
+    cut_heads(student, {1: [], 2: [0, 3]})
+    keep_dimensions(student.model, student.family, range(24))
+    made = imitation(student, teacher, settings(attention_weight=1.0, hidden_weight=1.0), seed=0)
+    assert made is not None
+    assert [tuple(one.weight.shape) for one in made.maps] == [(32, 24)] * 4
+    only = replace(made, weights=made.weights._replace(hidden=0.0))
+    with torch.no_grad(), only.watch_student(student) as mine, only.watch_teacher() as theirs:
+        for who in (student, teacher):
+            who.model(input_ids=IDS, attention_mask=MASK)
+        found = float(only.loss(mine, theirs, MASK))
+        pairs = [(0, [0, 1, 2, 3]), (2, [0, 3]), (3, [0, 1, 2, 3])]
+        scores = [mine.scores(n) for n, _ in pairs], [theirs.scores(n)[:, heads] for n, heads in pairs]
+        assert found == pytest.approx(float(losses.attention_scores(*scores, MASK)))
+    cut_heads(student, {3: []})
+    with pytest.raises(StepError, match="an attention in the last layers for relation_weight, got none"):
+        imitation(student, teacher, settings(relation_weight=1.0), seed=0)
+    cut_heads(student, {0: [], 2: []})
+    with pytest.raises(StepError, match="a student with an attention for attention_weight, got none in any block"):
+        imitation(student, teacher, settings(attention_weight=1.0), seed=0)
 
 
 def settings(**changes: object) -> DistillSettings:

@@ -287,20 +287,22 @@ def test_hidden_states_count_unless_they_cannot_be_compared(tiny: Tiny) -> None:
         _with_hidden_weight(SETTINGS, t5, t5.copy())
 
 
-def test_a_killed_training_goes_on_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [False, True])
+def test_a_killed_training_goes_on_to_the_same_end(tiny: Tiny, tmp_path: Path, width: bool) -> None:
+    given = SETTINGS.model_copy(update={"width": width})
     whole, half = opened(tiny), opened(tiny)
     price = price_of(whole)
     reference = whole.copy()
-    wanted, _ = learn_shape(whole, SETTINGS, context(tmp_path / "a", reference), price, 0.5)
+    wanted, _ = learn_shape(whole, given, context(tmp_path / "a", reference), price, 0.5)
     for stop in (20, 70):  # before and after the shape is settled
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("flyweight.methods.prune.l0.L0.after_step", _stopping(stop))
-            learn_shape(half, SETTINGS, context(tmp_path / "b", reference), price, 0.5)
+            learn_shape(half, given, context(tmp_path / "b", reference), price, 0.5)
         half = opened(tiny)
     steps: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flyweight.methods.prune.l0.L0.after_step", _stopping(0, steps))
-        found, _ = learn_shape(half, SETTINGS, context(tmp_path / "b", reference), price, 0.5)
+        found, _ = learn_shape(half, given, context(tmp_path / "b", reference), price, 0.5)
     assert 20 < steps[0] <= 70, "it began anew"
     assert found == wanted
     assert weights_hash(half.model) == weights_hash(whole.model)

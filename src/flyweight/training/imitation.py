@@ -93,7 +93,9 @@ class Imitation:
             entry = losses.hidden_states([mine.entry], [theirs.entry], list(self.entry), mask)
             total = total + weights.embedding * entry
         if weights.attention:
-            pairs = list(zip(self.student_layers, self.teacher_layers, self.heads, strict=True))
+            pairs = [
+                one for one in zip(self.student_layers, self.teacher_layers, self.heads, strict=True) if one[2].student
+            ]
             given = [mine.scores(layer)[:, pair.student] for layer, _, pair in pairs]
             wanted = [theirs.scores(layer)[:, pair.teacher] for _, layer, pair in pairs]
             total = total + weights.attention * losses.attention_scores(given, wanted, mask)
@@ -168,6 +170,8 @@ def head_pairs(student: Bundle, teacher: Bundle, teacher_layers: Sequence[int]) 
                 hint,
             )
         found.append(HeadPair(list(range(len(has))), [there.index(head) for head in has]))
+    if not any(pair.student for pair in found):
+        raise StepError("a student with an attention for attention_weight", "none in any block", hint)
     return found
 
 
@@ -178,6 +182,8 @@ def check_relation_heads(student: Bundle, teacher: Bundle, teacher_layer: int, h
     for block, stack in ((mine[-1], row), (theirs[teacher_layer], other)):
         sizes = layout(block, stack.attention[0])
         widths.append(sizes.units * sizes.key)
+    if 0 in widths:
+        raise StepError("an attention in the last layers for relation_weight", "none", "leave out relation_weight")
     if any(width % heads for width in widths):
         both = f"the student's {widths[0]} and the teacher's {widths[1]}"
         fits = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
