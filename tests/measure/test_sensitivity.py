@@ -150,6 +150,18 @@ def test_pruned_models(family: str, tiny: Any) -> None:
             assert part.cost.value == pytest.approx(rise, abs=2e-5, rel=1e-4), part.name
 
 
+def test_parts_that_are_gone_cost_nothing_to_lose(tiny: Any) -> None:
+    bundle = opened(tiny, "bert")
+    surgery.keep_heads(bundle.model, bundle.family, "encoder", 1, 0, [])
+    surgery.keep_neurons(bundle.model, bundle.family, "encoder", 2, [])
+    examples = texts(bundle)
+    found = sensitivity(bundle, examples, groups=3)
+    check(bundle, examples, found)
+    kinds = [{part.kind for part in found.parts if part.block == block} for block in range(4)]
+    every = {"head", "attention", "neurons", "feed-forward", "layer"}
+    assert kinds == [every, every - {"head", "attention"}, every - {"neurons", "feed-forward"}, every]
+
+
 def test_groups_are_sorted_by_what_neurons_write(tiny: Any) -> None:
     bundle = opened(tiny, "bert")
     examples = texts(bundle)

@@ -296,6 +296,13 @@ def test_widths_that_cannot_be(tiny: Callable[..., Path], tmp_path: Path) -> Non
     decoder = cases.open_bundle(tiny("gpt2", labels=LABELS))
     with pytest.raises(StepError, match="an encoder for width, got 'gpt2'"):
         width.check_narrower(decoder, 16)
+    gone, cut = (cases.open_bundle(tiny("bert", labels=("a", "b"))) for _ in range(2))
+    keep_heads(gone.model, gone.family, "encoder", 2, 0, [])
+    with pytest.raises(StepError, match="an attention in every block for width, got none in block 2"):
+        width.check_narrower(gone, 16)
+    stream.keep_dimensions(cut.model, cut.family, range(24))
+    with pytest.raises(StepError, match="a model as wide as it was built for width"):
+        width.check_narrower(cut, 16)
     vectors = School(tiny("bert"), tmp_path, "embedding", train=cases.examples(8, labels=False), validation=None)
     with pytest.raises(StepError, match="a task with labels for width, got 'embedding'"):
         distill(vectors.bundle(), SETTINGS.model_copy(update={"width": 16}), vectors.context)

@@ -101,7 +101,7 @@ class Replay:
 
         def weigh(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             real = self.batches[len(incoming) - 1]["attention_mask"].reshape(-1).bool()
-            rows = given[0].reshape(-1, given[0].shape[-1])
+            rows = given[0].flatten(0, -2)
             sums.append(rows[real].double().square().sum(0))
 
         hooks = [

@@ -51,6 +51,9 @@ def check_narrower(bundle: Bundle, width: int) -> None:
     stream.check(bundle.model, bundle.family, "width")
     if hasattr(bundle.model.config, KEPT_WIDTH):
         raise StepError("a model as wide as it was built for width", "one whose width was pruned", "prune afterwards")
+    gone = [n for n, one in enumerate(shapes(bundle.model, bundle.family)["encoder"]) if not one.heads[0]]
+    if gone:
+        raise StepError("an attention in every block for width", f"none in block {gone[0]}", "prune after distillation")
     if bundle.sparse:
         raise StepError("dense weights for width", f"{len(bundle.sparse)} pruned ones", "prune after distillation")
     now = bundle.model.config.hidden_size
