@@ -75,6 +75,14 @@ def test_the_same_share_of_both_parts_goes(bundle, context, criterion, scope):
     assert np.isfinite(predict(bundle, context.validation)).all()
 
 
+@pytest.mark.parametrize("target", ["neurons", "heads+neurons"])
+@pytest.mark.parametrize("gradual", ["one-shot", "cubic"])
+def test_an_amount_that_multiples_over_all_blocks_round_to_nothing_is_refused(bundle, context, target, gradual):
+    given = settings(target=target, amount=0.3, scope="global", multiple_of=64, gradual=gradual, max_steps=4)
+    with pytest.raises(StepError, match=r"neurons over all blocks in multiples of 64, got 0\.3; raise amount"):
+        prune(bundle, given, context)
+
+
 @pytest.mark.parametrize("name", ["mpnet", "distilbert", "gpt2", "llama", "electra"])
 @pytest.mark.parametrize("restore", ["linear", "masks"])
 def test_families_are_cut_and_made_up_for(tiny, context, name, restore):

@@ -62,6 +62,7 @@ def prune_parts(bundle: Bundle, settings: PruneSettings, context: Context) -> di
     else:
         assert settings.amount is not None
         keep = structured.select(ranking.scores, settings.amount, settings.scope, settings.multiple_of)
+        structured.check_kept(keep, sizes, settings)
     if settings.criterion == "fisher" and settings.rearrange:
         keep, notes["expected"] = ranking.rearranged(keep)
     dense = bundle.copy() if settings.restore != "none" else None
@@ -108,10 +109,12 @@ def _measure(bundle: Bundle, settings: PruneSettings, context: Context) -> Calla
 
 def prune_while_training(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
     """`gradual: cubic`: silence more and more of them while the model trains, then cut them. Returns the step's notes."""
-    structured.check(groups(bundle, settings.target), settings)
+    sizes = groups(bundle, settings.target)
+    structured.check(sizes, settings)
     parts = _Parts(bundle, settings, context)
     gone, training = train_while_pruning(bundle, settings, context, parts)
     keep = {parts.by_name[name]: (~units).nonzero()[:, 0].tolist() for name, units in gone.items()}
+    structured.check_kept(keep, sizes, settings)
     return {"training": training, **structured.cut(bundle, settings.target, keep)}
 
 

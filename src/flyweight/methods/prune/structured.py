@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.settings import PruneSettings
 
-__all__ = ["Keep", "best", "check", "cut", "select", "silence"]
+__all__ = ["Keep", "best", "check", "check_kept", "cut", "select", "silence"]
 
 Keep = dict[Group, list[int]]
 """{group: positions of the units that stay, ascending}"""
@@ -63,6 +63,20 @@ def _check(sizes: Mapping[Group, int], what: str, settings: PruneSettings) -> No
             f"{amount}",
             "raise amount or lower multiple_of",
         )
+
+
+def check_kept(keep: Mapping[Group, Collection[int]], sizes: Mapping[Group, int], settings: PruneSettings) -> None:
+    """Refuse shapes that rounding has made whole again: over all blocks, scores decide who loses how many.
+
+    Raises StepError.
+    """
+    for what, groups in _by_part(sizes).items():
+        if all(len(keep[group]) == sizes[group] for group in groups):
+            raise StepError(
+                f"an amount that removes {what} over all blocks in multiples of {settings.multiple_of}",
+                f"{settings.amount}",
+                "raise amount or lower multiple_of",
+            )
 
 
 def select(scores: Scores, share: float, scope: str, multiple_of: int = 1) -> Keep:
