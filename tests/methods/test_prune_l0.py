@@ -325,6 +325,6 @@ def _stopping(stop: int, seen: list[int] | None = None) -> Any:
 def test_a_wish_beyond_the_least_shape_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     bundle = opened(tiny)
     before = weights_hash(bundle.model)
-    with pytest.raises(StepError, match="a wish that one layer of one head and 1 neurons meets, at most"):
+    with pytest.raises(StepError, match="a wish that one layer of one head and 1 neuron meets, at most"):
         learn_shape(bundle, SETTINGS, context(tmp_path, bundle), price_of(bundle, base=1000.0), 0.5)
     assert weights_hash(bundle.model) == before

@@ -217,6 +217,22 @@ def test_training_ends_in_a_narrower_model(
     assert (predict(restore(tmp_path / "saved"), held) == predict(bundle, held)).all()
 
 
+def test_a_wish_counts_with_the_width_that_may_go(tiny: Tiny, tmp_path: Path) -> None:
+    """Of one head and one neuron at full width are left 1/3.1 of the bytes, in 8 dimensions much less."""
+    bundle = opened(tiny, "roberta")
+    whole = 4 * sum(parameter.numel() for parameter in bundle.model.parameters())
+    task = context(tmp_path, bundle)
+    with pytest.raises(StepError, match="one head and 1 neuron in 8 dimensions meets, at most") as refused:
+        prune(bundle.copy(), settings(speedup=40.0, cost="bytes"), task)
+    most = float(str(refused.value).split("at most ")[1].split(",")[0])
+    assert most > 8
+    with pytest.raises(StepError, match="in 8 dimensions meets"):
+        prune(bundle.copy(), settings(speedup=most + 0.01, cost="bytes"), task)
+    prune(bundle, settings(speedup=most, cost="bytes", max_steps=4), task)
+    assert whole / (4 * sum(parameter.numel() for parameter in bundle.model.parameters())) >= most
+    assert task.notes["width"]["kept"] == 8
+
+
 def test_where_the_width_cannot_go_it_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     llama = opened(tiny, "llama")
     with pytest.raises(StepError, match="an encoder for width, got 'llama'; leave out width"):

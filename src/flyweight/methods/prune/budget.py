@@ -188,7 +188,8 @@ def _filled(
 
 
 def least(price: Price, multiple_of: int) -> Kept:
-    """One layer a stack, with one head and the fewest neurons."""
+    """One layer a stack, with one head and the fewest neurons, in the fewest dimensions where they may go."""
     sizes = {group: multiple_of if group.attention is None else 1 for group in price.parts}
     units = {group: list(range(min(size, len(price.parts[group]) - 1))) for group, size in sizes.items()}
-    return {**{Group(group.stack): [0] for group in price.parts}, **units}
+    width = {} if price.narrow is None else {WIDTH: list(range(min(DIMENSIONS, price.width)))}
+    return {**{Group(group.stack): [0] for group in price.parts}, **units, **width}

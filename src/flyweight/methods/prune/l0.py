@@ -174,10 +174,13 @@ def learn_shape(
     The weights are the best after settling; nothing is cut yet. Raises StepError where teacher, texts and settings do not fit,
     where no shape costs so little, and where several stacks of blocks would have to be matched.
     """
-    smallest = price.total(least(price, settings.multiple_of)) / price.whole
+    few = least(price, settings.multiple_of)
+    smallest = price.total(few) / price.whole
     if smallest > share:
+        neurons = f"{settings.multiple_of} neuron{'s' if settings.multiple_of > 1 else ''}"
+        width = f" in {len(few[WIDTH])} dimensions" if WIDTH in few else ""
         raise StepError(
-            f"a wish that one layer of one head and {settings.multiple_of} neurons meets, at most {1 / smallest:.3g}",
+            f"a wish that one layer of one head and {neurons}{width} meets, at most {math.floor(100 / smallest) / 100:g}",
             f"{1 / share:.3g}",
             "lower it",
         )
