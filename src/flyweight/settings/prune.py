@@ -51,9 +51,9 @@ class PruneSettings(TeacherSettings):
     rearrange: bool = True
     """`criterion: fisher`: swap units of a block as long as their joint Fisher information falls (Kwon et al. 2022, sec. 5.2)."""
     restore: Literal["none", "masks", "linear", "block"] = "none"
-    """What makes up for heads and neurons that went, without training. `masks` scales those that stay (Kwon et al. 2022, sec.
-    5.3); `linear` solves the weights that read them (Park et al. 2024; the default with `speedup`); `block` then
-    trains every block by itself to answer as the dense one."""
+    """What makes up for what went, without labels. Heads and neurons: `masks` scales those that stay (Kwon et al. 2022, sec.
+    5.3); `linear` solves the weights that read them (Park et al. 2024; the default with `speedup`); `block` then trains every
+    block by itself to answer as the dense one. Weights and layers: `block` alone."""
     scope: Literal["layer", "global"] = "layer"
     """Compare scores within each layer (all layers end alike) or over all layers."""
     pattern: str = Field("unstructured", pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$")
@@ -118,8 +118,10 @@ class PruneSettings(TeacherSettings):
     def _consistent_weights(self) -> None:
         if self.criterion not in ("magnitude", "random", "hessian", "wanda"):
             raise ValueError(f"criterion {self.criterion} goes with heads, neurons and layers")
-        if self.restore != "none":
-            raise ValueError("restore goes with heads and neurons; criterion hessian makes up for weights that went")
+        if self.restore not in ("none", "block"):
+            raise ValueError(
+                f"restore {self.restore} goes with heads and neurons; criterion hessian makes up for weights that went"
+            )
         if self.pattern != "unstructured":
             kept, of = map(int, self.pattern.split(":"))
             if kept >= of:
@@ -147,8 +149,8 @@ class PruneSettings(TeacherSettings):
             raise ValueError(f"pattern {self.pattern} goes with target weights only")
         if self.corpus is not None and self.target != "vocabulary":
             raise ValueError("corpus goes with target vocabulary only")
-        if not structured and self.restore != "none":
-            raise ValueError("restore goes with heads and neurons")
+        if not structured and self.restore not in ("none", "block" if self.target == "layers" else "none"):
+            raise ValueError(f"restore {self.restore} goes with heads and neurons")
         fits = {
             "layers": ("magnitude", "random", "taylor", "cosine", "loss"),
             "vocabulary": ("magnitude",),  # how often a token is used decides

@@ -9,6 +9,7 @@ from flyweight.context import Context
 from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.methods.prune import masks, structured
+from flyweight.methods.prune.blockwise import restore_blocks
 from flyweight.methods.prune.layers import cosine, greedy
 from flyweight.methods.prune.learned import prune_by_gates
 from flyweight.methods.prune.parts import prune_parts, prune_while_training
@@ -57,6 +58,8 @@ def _way(settings: PruneSettings) -> Callable[[Bundle, PruneSettings, Context], 
 def _layers(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[str, Any]:
     assert settings.amount is not None
     structured.check(groups(bundle, "layers"), settings)
+    if settings.restore == "block":
+        texts(settings, context)  # or it would be refused after the scores
     notes: dict[str, Any] = {}
     if settings.criterion == "cosine":
         scores = cosine(bundle, texts(settings, context), context.progress)
@@ -69,7 +72,12 @@ def _layers(bundle: Bundle, settings: PruneSettings, context: Context) -> dict[s
     if settings.criterion != "random":
         notes["scores"] = {str(group): [round(one, 6) for one in found.tolist()] for group, found in scores.items()}
     keep = structured.select(scores, settings.amount, settings.scope)
-    return {**notes, **structured.cut(bundle, "layers", keep)}
+    dense = bundle.copy() if settings.restore == "block" else None
+    notes |= structured.cut(bundle, "layers", keep)
+    if dense is not None:
+        kept = {group.stack: stay for group, stay in keep.items()}
+        notes["block_error"] = restore_blocks(bundle, dense, settings, context, kept)
+    return notes
 
 
 def _judged_on(settings: PruneSettings, context: Context) -> Examples:

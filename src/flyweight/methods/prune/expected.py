@@ -101,10 +101,9 @@ def expected(settings: PruneSettings, before: Before) -> Expected:
     """Of everything but training (`gradual`)."""
     if settings.target == "vocabulary":
         return _vocabulary(before)
-    if settings.target == "layers":
-        return _layers(settings, before)
-    if settings.target == "weights":
-        return _weights(settings, before)
+    if settings.target in ("layers", "weights"):
+        found = (_layers if settings.target == "layers" else _weights)(settings, before)
+        return found if settings.restore == "none" else _blockwise(found, settings, before)
     if settings.gradual != "one-shot":
         return _gradual(settings, before)
     return _parts(settings, before)
@@ -260,6 +259,19 @@ def _restored(settings: PruneSettings, before: Before, chosen: list[Place], left
         work = work.plus(solving.rebuilt(some, weights, left.work / blocks, anatomy).times(blocks))
         worst = max(worst, 4 * 5 * weights + int(before.gate_bytes * left.work / blocks * read.largest * 2))
     return work, held + worst
+
+
+def _blockwise(found: Expected, settings: PruneSettings, before: Before) -> Expected:
+    """And every block of it trained to answer as the dense one, beside which it is walked."""
+    anatomy, some = before.anatomy, before.texts.walked(settings.samples)
+    read, blocks = walked(some), max(len(anatomy.blocks), 1)
+    share = left_of(settings, anatomy).work
+    work = read.forward.times(1 + 2 * share + 2 / blocks).plus(Work(moved=8 * anatomy.weights))
+    weights = anatomy.inside // blocks
+    work = work.plus(solving.rebuilt(some, weights, 1 / blocks, anatomy).times(round(blocks * share)))
+    held = streamed_bytes(some, anatomy, 5) + 4 * 5 * weights
+    held += max(int(before.gate_bytes / blocks * read.largest * 2), inside_bytes(anatomy, read.largest))
+    return Expected(found.work.plus(work), 4 * anatomy.weights + max(found.bytes, held))
 
 
 def _gradual(settings: PruneSettings, before: Before) -> Expected:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flyweight.models.bundle import Bundle
     from flyweight.settings import PruneSettings
 
-__all__ = ["Seen", "held_back", "restore", "texts", "watched"]
+__all__ = ["Seen", "held_back", "outputs", "relative", "restore", "texts", "watched"]
 
 FEW, HELD_BACK = 64, 8
 """Fewer texts than this are all learned from; of more, one in so many is held back."""
@@ -85,16 +85,21 @@ def _restored(
         together = way == "masks"
         solve = _masks(linear, size) if together else refitted
         _add(linear, _best(solve, used, judge, settings.damping, f"{block.name}: {group}", together))
-    block.outputs = _outputs(block)
+    block.outputs = outputs(block)
     errors[way] = block_error(block.outputs, wanted, held)
     if errors[way] > errors["without"]:
         for group, (linear, _) in linears.items():
             _put(linear, before[group])
-        block.outputs, errors[way] = _outputs(block), errors["without"]
+        block.outputs, errors[way] = outputs(block), errors["without"]
     if settings.restore == "block":
         rebuild(block, wanted, held, settings, context)
-        block.outputs = _outputs(block)
+        block.outputs = outputs(block)
         errors["block"] = block_error(block.outputs, wanted, held)
+    return relative(errors, wanted, held)
+
+
+def relative(errors: Mapping[str, float], wanted: Sequence[Tensor], held: Sequence[int]) -> dict[str, float]:
+    """Roots of mean squared errors over that of the dense block's output itself."""
     power = block_error([torch.zeros_like(one) for one in wanted], wanted, held)
     return {name: round((error / max(power, 1e-30)) ** 0.5, 6) for name, error in errors.items()}
 
@@ -273,7 +278,8 @@ def _together(batches: Sequence[int], tokens: Sequence[int]) -> Iterator[list[in
         yield some
 
 
-def _outputs(block: Block) -> list[Tensor]:
+def outputs(block: Block) -> list[Tensor]:
+    """What it answers as it stands now, one tensor a batch."""
     with torch.no_grad():
         return [block.run(batch) for batch in range(len(block.inputs))]
 

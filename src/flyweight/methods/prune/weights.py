@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flyweight.errors import StepError
 from flyweight.methods.prune import masks
+from flyweight.methods.prune.blockwise import restore_blocks
 from flyweight.methods.prune.gradual import train_while_pruning
 from flyweight.methods.prune.restore import texts
 from flyweight.methods.prune.sparsegpt import sparsegpt
@@ -32,6 +33,9 @@ def prune_weights(bundle: Bundle, settings: PruneSettings, context: Context) -> 
     names, left_out = _candidates(bundle, settings)
     before = _zeros(bundle, names)
     notes: dict[str, Any] = {}
+    if settings.restore == "block":
+        texts(settings, context)  # or it would be refused after the zeros
+    dense = bundle.copy() if settings.restore == "block" else None
     if settings.criterion in ("hessian", "wanda"):
         notes = _by_layer(bundle, settings, context, names)
     else:
@@ -46,6 +50,8 @@ def prune_weights(bundle: Bundle, settings: PruneSettings, context: Context) -> 
     for name in names:
         if pattern == "2:4" or zeros[name]:
             bundle.sparse[name] = "2:4" if bundle.sparse.get(name) == "2:4" else pattern
+    if dense is not None:
+        notes["block_error"] = restore_blocks(bundle, dense, settings, context)
     return {
         **notes,
         "target": "weights",
