@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.found import Found
-from benchmarks.table import DASH, interval
+from benchmarks.table import DASH, interval, star
 from flyweight.artifact import Measurement
 
 
@@ -35,7 +35,7 @@ def judged(
     figure: Measurement | None, what: str, aim: str, form: str, scale: float, holds: Callable[[float], bool]
 ) -> Line:
     """By the value itself."""
-    text = interval(None if figure is None else figure.model_dump(), form, scale)
+    text = interval(None if figure is None else figure.model_dump(), form, scale) + star(figure)
     return Line(what, aim, text, None if figure is None else holds(figure.value))
 
 

@@ -21,7 +21,8 @@ COLUMNS = (
     "speed-up at 32x128",
 )
 DASH = "–"
-STAR = "\\* while other processes used the machine, so that it took longer; how much they did stands in the row's JSON."
+MARK = "\\*"
+STAR = f"{MARK} while other processes used the machine, so that it took longer; how much they did stands in the row's JSON."
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -97,13 +98,17 @@ def seconds(figure_of: Callable[[str, str], Measurement | None], row: str, verb:
     in use by others. figure_of: gives (row, key)'s figure."""
     figures = [figure_of(row, f"{verb}.{key}") for key in ("seconds", "step_seconds", "estimated_seconds")]
     whole, *rest = [DASH if figure is None else f"{figure.value:.0f}" for figure in figures]
-    star = "\\*" * any(BESIDE in figure.method for figure in figures if figure is not None)
-    return DASH if whole == DASH else f"{whole}{star} ({', '.join(rest)})"
+    return DASH if whole == DASH else f"{whole}{star(*figures)} ({', '.join(rest)})"
+
+
+def star(*figures: Measurement | None) -> str:
+    """A mark where one of them was taken while others used the machine."""
+    return MARK * any(BESIDE in figure.method for figure in figures if figure is not None)
 
 
 def starred(parts: Sequence[str]) -> list[str]:
     """What the stars mean, where there are any."""
-    return [STAR, ""] if any("\\* (" in part for part in parts) else []
+    return [STAR, ""] if any(MARK in part for part in parts) else []
 
 
 def called(table: Table, row: Row) -> str:

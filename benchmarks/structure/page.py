@@ -25,7 +25,7 @@ from benchmarks.structure.asks import (
 )
 from benchmarks.structure.found import Found
 from benchmarks.structure.rows import MEANT
-from benchmarks.table import DASH, called, footer, head, line, seconds, show, starred, what_failed
+from benchmarks.table import DASH, called, footer, head, line, seconds, show, star, starred, what_failed
 from benchmarks.tuned import SEEDS
 
 COLUMNS = (
@@ -172,7 +172,7 @@ def _large(table: Table, found: Found) -> Iterator[str]:
             for key in ("step_seconds", "estimated_seconds", "step_peak_bytes", "estimated_bytes", "seconds")
         )
         ratios = [show(found.figure(row.name, f"{name}_ratio"), "{:.2f}") for name in ("time", "memory")]
-        times = (show(step, "{:.0f}"), show(told, "{:.0f}"), ratios[0])
+        times = (f"{show(step, '{:.0f}')}{star(step)}", show(told, "{:.0f}"), ratios[0])
         memory = (show(peak, "{:.0f}", 1e-6), show(expected, "{:.0f}", 1e-6), ratios[1])
-        yield line((called(table, row), *times, *memory, show(whole, "{:.0f}")))
+        yield line((called(table, row), *times, *memory, f"{show(whole, '{:.0f}')}{star(whole)}"))
     yield ""

@@ -11,12 +11,13 @@ import pytest
 import typer
 
 from benchmarks import runner, structure, tuned
-from benchmarks.command import Other
+from benchmarks.command import BESIDE, Other
 from benchmarks.models import MINILM, MPNET, Model
 from benchmarks.runner import Job, pack_scores
 from benchmarks.structure import aims, chart, large, rows, zeros
 from benchmarks.structure.asks import ASKS, CURVE, SPEEDUPS, STAGES, VOCABULARY, Ask, curve_key, row_name
 from benchmarks.structure.found import Found
+from benchmarks.table import STAR
 from flyweight.recipe import Recipe, check_order
 from flyweight.settings import DistillSettings, PruneSettings, TeacherSettings
 
@@ -214,6 +215,25 @@ def test_an_estimate_may_be_off_by_a_quarter(ratio: float, met: bool, places: Pa
     found = Found({"large-cosine": keep("large-cosine", {"memory_ratio": ratio})})
     line = next(one for one in aims.lines(found) if "layers by cosine: memory" in one.what)
     assert line.met is met
+
+
+def test_times_of_a_busy_machine_are_marked(places: Path) -> None:
+    busy, quiet = ({"method": f"wall clock{how}"} for how in (f"{BESIDE} 0.9 cores", ""))
+    for key, how in (("fisher", busy), ("taylor", quiet)):
+        told = {"step_seconds": {"value": 100, **how}, "seconds": {"value": 140, **how}, "estimated_seconds": 80}
+        keep(
+            f"large-{key}",
+            {**{f"prune.{name}": one for name, one in told.items()}, "time_ratio": {"value": 1.25, **how}},
+        )
+    keep("mpnet-1.5x-s0", {"prune.seconds": {"value": 301, **busy}})
+    page = structure.page.markdown(TABLE)
+    assert "| 100\\* | 80 | 1.25 | – | – | – | 140\\* |" in page
+    assert "| 100 | 80 | 1.25 | – | – | – | 140 |" in page
+    aim = {line.what: line.figure for line in aims.lines(Found.of(TABLE))}
+    assert aim[f"{large.TITLE}, heads + neurons by Fisher, linears solved: time / estimate"] == "1.25\\*"
+    assert aim[f"{large.TITLE}, heads by Taylor: time / estimate"] == "1.25"
+    assert aim[f"{MPNET.title}, 1.5x: seconds of the whole command"] == "301\\*"
+    assert STAR in page
 
 
 def test_page_of_nothing_and_of_a_failure(places: Path) -> None:
