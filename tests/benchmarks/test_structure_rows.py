@@ -121,6 +121,26 @@ def test_a_vocabulary_that_changed_answers_is_told(model: Model, tiny: Callable[
     assert found["vocabulary.weights_ratio"].value == 1
 
 
+def test_texts_that_fall_apart_although_their_tokens_stay_are_told(model: Model, tmp_path: Path) -> None:
+    """By a tokenizer that has all tokens and reads otherwise: without what stands around a text."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    before, after = tuned.folder(model, 0), tmp_path / "after"
+    shutil.copytree(before, after)
+    kept = vocabulary._encoder(before)
+    bare = Tokenizer.from_str(kept.tokenizer.to_str())
+    bare.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            vocabulary, "_encoder", lambda folder: kept if folder == before else kept._replace(tokenizer=bare)
+        )
+        patch.setattr(vocabulary, "_gone", lambda old, new: 1)
+        found = vocabulary.figures(Job("structure", "row", 0, tmp_path / "row"), before, after)
+    assert found["vocabulary.kept_share"].value == 1
+    assert found["vocabulary.moved"].value > 1e-3
+
+
 def test_times_of_zeros(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="package openvino is not installed")
     monkeypatch.setattr(zeros, "MINILM", model)
