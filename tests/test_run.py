@@ -290,7 +290,7 @@ def test_others_and_layers_are_checked_before_training(tiny, files):
         assert "reading the data" not in notes.lines
 
     refused("layers from 0 to 3, got layer 9", layers=[0, 9])
-    refused("vocabular.*leave hidden_weight out", hidden_weight=1.0, teacher=str(tiny("roberta", labels=("no", "yes"))))
+    refused("vocabular.*set hidden_weight to 0", hidden_weight=1.0, teacher=str(tiny("roberta", labels=("no", "yes"))))
     refused("label", teacher=str(tiny("bert", labels=("no", "so so", "yes"))))
 
 

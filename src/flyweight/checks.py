@@ -168,7 +168,7 @@ def _refuse_inside(place: str, names: str) -> None:
     raise StepError(
         f"{place} with {names} before the vocabulary is pruned",
         "it afterwards, when the teacher reads other tokens",
-        f"swap the two, or leave {names} out: answers alone teach across vocabularies",
+        f"swap the two, or set {names} to 0: answers alone teach across vocabularies",
     )
 
 

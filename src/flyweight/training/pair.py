@@ -91,7 +91,7 @@ def same_tokens(one: Bundle, other: Bundle) -> bool:
 def check_tokens(who: str, one: Bundle, whom: str, other: Bundle, inside: str = "") -> None:
     """Raises StepError naming both vocabularies where the tokens of two models are not the same.
 
-    inside: settings that could be left out instead
+    inside: settings that could be set to 0 instead; some are above it where nothing is said
     """
     mine, theirs = _vocabulary(one), _vocabulary(other)
     if mine == theirs:
@@ -100,7 +100,7 @@ def check_tokens(who: str, one: Bundle, whom: str, other: Bundle, inside: str = 
     raise StepError(
         f"{who} to read the same tokens as {whom} ({len(theirs)} of them)",
         f"a vocabulary of {len(mine)}, {same} of which agree",
-        f"leave {inside} out: answers alone teach across vocabularies"
+        f"set {inside} to 0: answers alone teach across vocabularies"
         if inside
         else "choose models that share a tokenizer",
     )
