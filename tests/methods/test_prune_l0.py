@@ -13,11 +13,13 @@ import torch
 
 from flyweight.context import Context, NoProgress
 from flyweight.errors import StepError
-from flyweight.methods.prune import structured
+from flyweight.measure.costs import byte_costs
+from flyweight.methods.prune import learned, structured
 from flyweight.methods.prune.budget import Price, settled
 from flyweight.methods.prune.gates import Gates, gated, is_layers, is_part, likely, open_share, part_of, sample
 from flyweight.methods.prune.l0 import L0, SETTLE, _with_hidden_weight, learn_shape, matched
 from flyweight.methods.prune.scores import Group, groups
+from flyweight.models import surgery
 from flyweight.models.bundle import Bundle
 from flyweight.models.load import load
 from flyweight.settings import PruneSettings
@@ -44,6 +46,24 @@ def price_of(bundle: Bundle, base: float = 5.0) -> Price:
     sizes = {**groups(bundle, "heads"), **groups(bundle, "neurons")}
     each = {group: 0.25 if group.attention is None else 3.0 for group in sizes}
     return Price(base, {group: 2.0 + each[group] * torch.arange(size + 1.0) for group, size in sizes.items()})
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "distilbert"])
+def test_blocks_that_lost_parts_are_priced_as_they_are(tiny: Tiny, family: str) -> None:
+    """The first has no attention, the second no feed-forward part, the third neither."""
+    bundle = opened(tiny, family)
+    gone = [(0, 0), (1, None), (2, 0), (2, None)]
+    structured.cut(bundle, "heads+neurons", {Group("encoder", block, attention): [] for block, attention in gone})
+    costs, shapes = byte_costs(bundle), surgery.shapes(bundle.model, bundle.family)
+    price = learned.price_of(costs, shapes, costs.base)
+    assert price.whole == pytest.approx(costs.total(shapes), rel=1e-6)
+    few = {group: list(range(2)) for group in price.parts}
+    structured.cut(bundle, "heads+neurons", few)
+    layers = {Group("encoder"): [0, 1, 2]}
+    structured.cut(bundle, "layers", layers)
+    real = 4 * sum(parameter.numel() for parameter in bundle.model.parameters())
+    shared = 0 if family != "mpnet" else costs.total(surgery.shapes(bundle.model, bundle.family)) - real
+    assert price.total({**few, **layers}) == pytest.approx(real + shared, rel=1e-6)
 
 
 def test_a_gate_is_as_often_open_as_it_says() -> None:
@@ -216,8 +236,8 @@ def context(tmp_path: Path, reference: Bundle) -> Context:
     )  # fmt: skip
 
 
-def opened(tiny: Tiny) -> Bundle:
-    return load(str(tiny("bert", labels=("a", "b"))), task_named("text-classification"))
+def opened(tiny: Tiny, family: str = "bert") -> Bundle:
+    return load(str(tiny(family, labels=("a", "b"))), task_named("text-classification"))
 
 
 def test_training_ends_in_a_shape_within_the_wish(tiny: Tiny, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def prune_by_gates(bundle: Bundle, settings: PruneSettings, context: Context) ->
 
 
 def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
-    """What a block costs without any units is spread evenly over its parts, so that a layer that goes costs nothing.
+    """What a block costs without any units is spread evenly over the parts that it has, so that a layer that goes costs nothing;
+    of a block that lost them all it belongs to the base.
 
     Where a part cannot go altogether, less than one unit is only ever expected: the curve goes straight on.
     """
@@ -86,11 +87,12 @@ def price_of(costs: Costs, shapes: Shapes, base: float) -> Price:
         curves = {kind: _from_nothing(costs.curves[kind]) for kind in kinds_of(costs.curves, stack)}
         rest = costs.block[stack] - sum(float(curve[1]) for curve in curves.values())
         for number, shape in enumerate(blocks):
-            for attention in (*range(len(shape.heads)), None):
-                group = Group(stack, number, attention)
-                if units := units_of(shapes, group):
-                    curve = curves[kind_of(group)][: units + 1] + rest / len(curves)
-                    parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
+            every = [Group(stack, number, attention) for attention in (*range(len(shape.heads)), None)]
+            there = {group: units for group in every if (units := units_of(shapes, group))}
+            base += 0.0 if there else rest
+            for group, units in there.items():
+                curve = curves[kind_of(group)][: units + 1] + rest / len(there)
+                parts[group] = torch.from_numpy(np.maximum(curve, 0.0)).float()
     return Price(base, parts)
 
 
@@ -110,7 +112,9 @@ def _with_width(price: Price, bundle: Bundle, settings: PruneSettings, shapes: S
     table has no narrower blocks."""
     size = stream.width_of(bundle)
     if settings.speedup is not None and settings.cost == "latency":
-        return replace(price, width=size, narrow=Price(base, {g: curve / size for g, curve in price.parts.items()}))
+        return replace(
+            price, width=size, narrow=Price(price.base, {g: curve / size for g, curve in price.parts.items()})
+        )
     thin = bundle.copy()
     stream.keep_dimensions(thin.model, thin.family, [0])
     counted = settings.speedup is not None and settings.cost == "flops"
