@@ -291,6 +291,16 @@ def test_others_and_layers_are_checked_before_training(tiny, files):
 
     refused("layers from 0 to 3, got layer 9", layers=[0, 9])
     refused("vocabular.*set hidden_weight to 0", hidden_weight=1.0, teacher=str(tiny("roberta", labels=("no", "yes"))))
+    refused("relation_heads that divide the student's 32 .* got 7", relation_weight=1.0, relation_heads=7)
+    refused("the student's 16 and the teacher's 32, got 32", relation_weight=1.0, width=16)
+    refused(
+        "2 numbers in layer_map, one a student layer, got 4", hidden_weight=1.0, layers=[0, 2], layer_map=[0, 1, 2, 3]
+    )
+    refused("teacher layers from 0 to 3 in layer_map, got 9", hidden_weight=1.0, layers=[0], layer_map=[9])
+    refused("hidden_weight above 0", layer_map="last")
+    wide = tiny("bert", labels=("no", "yes"), hidden_size=48, num_attention_heads=6)
+    refused("the teacher's 6 heads for attention_weight, got 4", attention_weight=1.0, teacher=str(wide))
+    refused("a teacher with a head for text-classification, got one without", teacher=str(tiny("bert")))
     refused("label", teacher=str(tiny("bert", labels=("no", "so so", "yes"))))
 
 

@@ -22,7 +22,8 @@ from flyweight.models.surgery import blocks
 from flyweight.recipe import Recipe, StepSpec
 from flyweight.settings import DistillSettings, FinetuneSettings, PruneSettings, QuantizeSettings, TeacherSettings
 from flyweight.tasks import Task
-from flyweight.training.pair import check_fit, check_tokens, check_top, same_tokens
+from flyweight.training.imitation import check_inside
+from flyweight.training.pair import check_fit, check_tokens, check_top, check_trained, same_tokens
 
 __all__ = ["check_data", "check_engines", "check_family", "check_head", "check_others", "check_task", "open_other"]
 
@@ -144,18 +145,23 @@ def check_others(recipe: Recipe, task: Task, bundle: Bundle) -> None:
             if isinstance(settings, DistillSettings) and settings.student is not None:
                 at_hand = shaped = open_student(settings.student, bundle, load_other, recipe.seed)
                 cut, depth = cut and same_tokens(at_hand, bundle), _depth(at_hand)
+            whole = shaped is at_hand and depth == _depth(at_hand)
+            if isinstance(settings, DistillSettings) and settings.width is not None:
+                check_narrower(at_hand, settings.width)
+                shaped = None
             for name in settings.teachers:
                 teacher = bundle if name == "reference" else load_other(name)
+                if name != "reference":  # that one may be fine-tuned by then
+                    check_trained(teacher)
                 check_fit(at_hand, teacher)
+                if whole and isinstance(settings, DistillSettings) and name == settings.teacher:
+                    check_inside(at_hand, teacher, settings, kept_layers(settings.layers, _depth(at_hand)))
                 if cut and settings.inside:
                     _refuse_inside(f"steps[{number}] {step.name}", settings.inside)
                 elif settings.inside:
                     check_tokens("the student", at_hand, f"the teacher for {settings.inside}", teacher, settings.inside)
             if isinstance(settings, DistillSettings):
                 check_top(settings.top_k, teacher)
-                if settings.width is not None:
-                    check_narrower(at_hand, settings.width)
-                    shaped = None
                 depth = None if depth is None else len(kept_layers(settings.layers, depth))
         cut |= isinstance(settings, PruneSettings) and settings.target == "vocabulary"
 

@@ -20,7 +20,7 @@ from flyweight.training.device import seeded
 from flyweight.training.pair import layer_map
 from flyweight.training.watch import Seen, one_stack, watch
 
-__all__ = ["HeadPair", "Imitation", "Weights", "head_pairs", "imitation"]
+__all__ = ["HeadPair", "Imitation", "Weights", "check_inside", "check_map", "head_pairs", "imitation"]
 
 
 class Weights(NamedTuple):
@@ -124,13 +124,7 @@ def imitation(
     weights = Weights.of(settings)
     if not any(weights):
         return None
-    named = " or ".join(f"{name}_weight" for name, value in weights._asdict().items() if value)
-    for who in (student, teacher):
-        stacks = blocks(who.model, who.family)
-        if len(stacks) != 1:
-            raise StepError(f"models with one stack of blocks for {named}", ", ".join(stacks), "leave it out")
-        if (weights.attention or weights.relation) and "encoder" not in stacks:
-            raise StepError("encoders for attention_weight and relation_weight", "a decoder", "leave them out")
+    _check_stacks(student, teacher, weights)
     depths = [len(one_stack(who)[1]) for who in (student, teacher)]
     teacher_layers = layer_map(given, *depths)
     heads = head_pairs(student, teacher, teacher_layers) if weights.attention else ()
@@ -148,11 +142,52 @@ def imitation(
     )
 
 
-def head_pairs(student: Bundle, teacher: Bundle, teacher_layers: Sequence[int]) -> list[HeadPair]:
+def check_inside(student: Bundle, teacher: Bundle, settings: DistillSettings, kept: Sequence[int]) -> None:
+    """Refuse what `imitation` would, before the student is cut: kept are the numbers of the blocks that will be left of it, and
+    settings.width its width. Raises StepError."""
+    check_map(settings)
+    weights = Weights.of(settings)
+    if not any(weights):
+        return
+    _check_stacks(student, teacher, weights)
+    layers = layer_map(settings.layer_map, len(kept), len(one_stack(teacher)[1]))
+    if weights.attention:
+        head_pairs(student, teacher, layers, kept)
+    if weights.relation:
+        check_relation_heads(student, teacher, layers[-1], settings.relation_heads, kept[-1], settings.width)
+
+
+def check_map(settings: DistillSettings) -> None:
+    """Raises StepError for a layer map that no loss has a use for."""
+    if (
+        settings.layer_map != "uniform"
+        and not settings.hidden_weight + settings.attention_weight + settings.relation_weight
+    ):
+        raise StepError(
+            "a hidden_weight above 0, or attention_weight or relation_weight, with layer_map",
+            "none",
+            "set hidden_weight, e.g. to 1",
+        )
+
+
+def _check_stacks(student: Bundle, teacher: Bundle, weights: Weights) -> None:
+    named = " or ".join(f"{name}_weight" for name, value in weights._asdict().items() if value)
+    for who in (student, teacher):
+        stacks = blocks(who.model, who.family)
+        if len(stacks) != 1:
+            raise StepError(f"models with one stack of blocks for {named}", ", ".join(stacks), "leave it out")
+        if (weights.attention or weights.relation) and "encoder" not in stacks:
+            raise StepError("encoders for attention_weight and relation_weight", "a decoder", "leave them out")
+
+
+def head_pairs(
+    student: Bundle, teacher: Bundle, teacher_layers: Sequence[int], kept: Sequence[int] | None = None
+) -> list[HeadPair]:
     """For each student block its heads and those of the teacher block that they imitate: the ones of the same number.
 
-    Heads that were pruned away are missing in the student and are passed over in the teacher. Raises StepError where the
-    two were not built with as many heads, and where the teacher block lacks one that the student has.
+    kept: numbers of the student's blocks that count, by default all. Heads that were pruned away are missing in the student
+    and are passed over in the teacher. Raises StepError where the two were not built with as many heads, and where the
+    teacher block lacks one that the student has.
     """
     (row, mine), (other, theirs) = one_stack(student), one_stack(teacher)
     built = [getattr(who.model.config, stack.heads_key) for who, stack in ((student, row), (teacher, other))]
@@ -161,7 +196,7 @@ def head_pairs(student: Bundle, teacher: Bundle, teacher_layers: Sequence[int]) 
         raise StepError(f"a student with the teacher's {built[1]} heads for attention_weight", f"{built[0]}", hint)
     found = []
     for number, layer in enumerate(teacher_layers):
-        has = kept_heads(mine[number], row.attention[0])
+        has = kept_heads(mine[number if kept is None else kept[number]], row.attention[0])
         there = kept_heads(theirs[layer], other.attention[0])
         if missing := sorted(set(has) - set(there)):
             raise StepError(
@@ -175,13 +210,19 @@ def head_pairs(student: Bundle, teacher: Bundle, teacher_layers: Sequence[int]) 
     return found
 
 
-def check_relation_heads(student: Bundle, teacher: Bundle, teacher_layer: int, heads: int) -> None:
-    """Raises StepError where they do not divide the vectors of the last student layer and of the teacher layer it imitates."""
+def check_relation_heads(
+    student: Bundle, teacher: Bundle, teacher_layer: int, heads: int, last: int = -1, width: int | None = None
+) -> None:
+    """Raises StepError where they do not divide the vectors of the last student layer and of the teacher layer it imitates.
+
+    last: number of that student layer; width: hidden width that the student will be cut to
+    """
     (row, mine), (other, theirs) = one_stack(student), one_stack(teacher)
     widths = []
-    for block, stack in ((mine[-1], row), (theirs[teacher_layer], other)):
+    size = None if width is None else width // getattr(student.model.config, row.heads_key)
+    for block, stack, cut in ((mine[last], row, size), (theirs[teacher_layer], other, None)):
         sizes = layout(block, stack.attention[0])
-        widths.append(sizes.units * sizes.key)
+        widths.append(sizes.units * (sizes.key if cut is None else cut))
     if 0 in widths:
         raise StepError("an attention in the last layers for relation_weight", "none", "leave out relation_weight")
     if any(width % heads for width in widths):

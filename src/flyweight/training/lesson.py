@@ -23,7 +23,15 @@ from flyweight.training.distillation import Live, Terms
 from flyweight.training.imitation import imitation
 from flyweight.training.loop import TrainResult, train
 from flyweight.training.objective import Objective, keep_zeros
-from flyweight.training.pair import check_fit, check_length, check_tokens, check_top, check_width, same_tokens
+from flyweight.training.pair import (
+    check_fit,
+    check_length,
+    check_tokens,
+    check_top,
+    check_trained,
+    check_width,
+    same_tokens,
+)
 from flyweight.training.predict import validation
 from flyweight.training.teacher import Top, answers, identity, top_answers
 
@@ -35,8 +43,7 @@ Kept = TypeVar("Kept")
 def open_teacher(settings: TeacherSettings, context: Context) -> Bundle:
     """The teacher that the settings name. Raises StepError for one whose head was never trained."""
     teacher = context.reference() if settings.teacher == "reference" else context.load(settings.teacher)
-    if teacher.fresh_head:
-        raise StepError(f"a teacher with a head for {context.task.name}", "one without", "fine-tune the teacher first")
+    check_trained(teacher)
     return teacher
 
 

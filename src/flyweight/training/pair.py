@@ -10,7 +10,16 @@ from flyweight.data import Examples
 from flyweight.errors import StepError
 from flyweight.models.bundle import Bundle
 
-__all__ = ["check_fit", "check_length", "check_tokens", "check_top", "check_width", "layer_map", "same_tokens"]
+__all__ = [
+    "check_fit",
+    "check_length",
+    "check_tokens",
+    "check_top",
+    "check_trained",
+    "check_width",
+    "layer_map",
+    "same_tokens",
+]
 
 
 def layer_map(given: str | Sequence[int] | None, student_depth: int, teacher_depth: int) -> list[int]:
@@ -50,6 +59,12 @@ def check_fit(student: Bundle, teacher: Bundle) -> None:
             f"one with {theirs} labels ({detail})",
             "train the teacher on the same labels",
         )
+
+
+def check_trained(teacher: Bundle) -> None:
+    """Raises StepError for a teacher whose head was made anew and never trained."""
+    if teacher.fresh_head:
+        raise StepError(f"a teacher with a head for {teacher.task}", "one without", "fine-tune the teacher first")
 
 
 def check_width(student: int, teacher: int) -> None:

@@ -14,7 +14,7 @@ from flyweight.models.bundle import Bundle
 from flyweight.settings import DistillSettings
 from flyweight.training import TaskObjective, TrainResult, evaluating, find_device, placed
 from flyweight.training.distillation import Distillation
-from flyweight.training.imitation import Imitation, imitation
+from flyweight.training.imitation import Imitation, check_map, imitation
 from flyweight.training.lesson import Lesson, open_teachers, texts
 
 __all__ = ["distill"]
@@ -69,13 +69,7 @@ def _taught(lesson: Lesson, student: Bundle, settings: DistillSettings, inside: 
 
 def _check(settings: DistillSettings, context: Context) -> None:
     """Raises StepError for settings that belong together or need what is not there."""
-    layered = settings.hidden_weight + settings.attention_weight + settings.relation_weight
-    if settings.layer_map != "uniform" and layered == 0:
-        raise StepError(
-            "a hidden_weight above 0, or attention_weight or relation_weight, with layer_map",
-            "none",
-            "set hidden_weight, e.g. to 1",
-        )
+    check_map(settings)
     if not context.task.labelled and (settings.kl != "forward" or settings.dist_weight or settings.mse_weight):
         raise StepError(
             "a task with labels for kl, dist_weight and mse_weight",
