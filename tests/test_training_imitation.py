@@ -18,7 +18,7 @@ from flyweight.models.stream import keep_dimensions  # noqa: E402
 from flyweight.models.surgery import keep_heads, keep_layers_of  # noqa: E402
 from flyweight.settings import DistillSettings, QuantizeSettings  # noqa: E402
 from flyweight.training import losses, pair  # noqa: E402
-from flyweight.training.imitation import Weights, head_pairs, imitation  # noqa: E402
+from flyweight.training.imitation import Weights, check_inside, head_pairs, imitation  # noqa: E402
 from flyweight.training.watch import one_stack, watch  # noqa: E402
 
 LABELS = ("negative", "positive")
@@ -93,6 +93,22 @@ def test_heads_of_the_same_number_go_together(tiny: Callable[..., Path]) -> None
         head_pairs(student, teacher, [1, 3])
     with pytest.raises(StepError, match="with the teacher's 4 heads for attention_weight, got 2; use relation_weight"):
         head_pairs(bundle_of(tiny, "bert", num_attention_heads=2), teacher, [0, 1, 2, 3])
+
+
+def test_a_student_is_checked_by_the_blocks_that_will_be_left(tiny: Callable[..., Path]) -> None:
+    """As `imitation` does once it is cut: what block 1 lacks counts where block 1 stays, and nowhere else."""
+    student, teacher = (bundle_of(tiny, "bert") for _ in range(2))
+    cut_heads(student, {1: [1, 2]})
+    cut_heads(teacher, {3: [1, 2, 3]})
+    asked = settings(attention_weight=1.0, relation_weight=1.0, relation_heads=8)
+    check_inside(student, teacher, asked.model_copy(update={"layer_map": (1, 3)}), [0, 1])
+    with pytest.raises(StepError, match="student layer 1 in teacher layer 3 .* got no head 0 there"):
+        check_inside(student, teacher, asked.model_copy(update={"layer_map": (1, 3)}), [1, 0])
+    by_relations = settings(relation_weight=1.0, relation_heads=16, layer_map=(2,))
+    check_inside(student, teacher, by_relations, [1])  # 2 heads of 8
+    check_inside(student, teacher, by_relations.model_copy(update={"width": 16}), [0])  # 4 heads of 4
+    with pytest.raises(StepError, match="divide the student's 8 and the teacher's 32, got 16; set it to 2, 4 or 8"):
+        check_inside(student, teacher, by_relations.model_copy(update={"width": 16}), [1])
 
 
 def test_what_is_gone_has_nothing_to_imitate(tiny: Callable[..., Path]) -> None:
