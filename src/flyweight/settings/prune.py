@@ -68,7 +68,7 @@ class PruneSettings(TeacherSettings):
     """`gradual: l0`: dimensions of the residual stream go as well, of encoders with labels; for the highest compression. A table
     of times has no narrower blocks: what they take is estimated."""
     samples: int = Field(512, ge=1)
-    """Training examples that scores and restoring are taken on."""
+    """Texts that scores and restoring are taken on: those to calibrate on, or training examples."""
     multiple_of: int = Field(1, ge=1)
     """Neurons kept per layer are rounded up to a multiple of this; kernels like 8 or 16."""
     damping: float = Field(0.01, gt=0)
