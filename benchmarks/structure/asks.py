@@ -104,17 +104,23 @@ TENFOLD = (
     _cut("10x-1", "on the way to 10x: four layers cut to 5.5x", WISH, 6, "4l", 5.5),
     _taught("10x-2", "on the way: distilled again", "--epochs 3 --learning-rate 1e-4", 15, "10x-1"),
     _cut("10x-3", "on the way: cut to 10x", WISH, 5, "10x-2", 10.0),
-    _taught("10x", "**10x, distilled and pruned**", "--epochs 6 --learning-rate 1e-4", 24, "10x-3"),
+    _taught(
+        "10x",
+        "**10x, distilled and pruned**, 13 epochs in three stages",
+        "--epochs 6 --learning-rate 1e-4",
+        24,
+        "10x-3",
+    ),
     _cut(
         "10x-cofi",
-        "10x by CoFi alone",
+        "10x by CoFi alone, 8 epochs",
         f"{PARTS} --gradual l0 --speedup 10 --epochs 8 --learning-rate 5e-5 {INSIDE}",
         80,  # in parts of 25 minutes
     ),
-    _taught("1l", "one layer, distilled (layers alone)", "--layers 0 --epochs 6 --learning-rate 1e-4", 23),
+    _taught("1l", "one layer (layers alone), distilled for 6 epochs", "--layers 0 --epochs 6 --learning-rate 1e-4", 23),
     _mpnet(
         "1l-alone",
-        "one layer, trained without a teacher",
+        "one layer, trained for 6 epochs without a teacher",
         "distill",
         "--layers 0 --alpha 0 --epochs 6 --learning-rate 1e-4",
         8,

@@ -244,7 +244,7 @@ def test_page_of_nothing_and_of_a_failure(places: Path) -> None:
     runner.keep_failure(TABLE, TABLE.row("mpnet-10x-s0"), 0, "stopped after 25 minutes")
     page = structure.page.markdown(TABLE)
     assert "- `mpnet-10x-s0`: stopped after 25 minutes" in page
-    assert "| **10x, distilled and pruned** (failed) |" in page
+    assert "| **10x, distilled and pruned**, 13 epochs in three stages (failed) |" in page
 
 
 def test_page_tells_what_was_run(places: Path) -> None:
