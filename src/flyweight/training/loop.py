@@ -295,7 +295,7 @@ class _Loop:
         if self.evaluate is not None:
             with kept_rng():
                 metric = float(self.evaluate())
-            line += f", validation {metric:.4f}"
+            line += "" if math.isnan(metric) else f", validation {metric:.4f}"
         with self.interrupt.held():
             at.history.append(entry)
             at.evaluated, at.loss_sum, at.loss_count = at.step, 0.0, 0
