@@ -272,7 +272,7 @@ def test_prices_are_the_costs_of_what_stays(tiny, name):
         ({"target": "heads+neurons", "amount": 0.5, "gradual": "l0", "criterion": "fisher"}, "finds by itself"),
         ({"target": "heads", "amount": 0.5, "speedup": 2.0}, "two wishes"),
         ({"target": "layers", "speedup": 2.0}, "speedup goes with"),
-        ({"target": "layers", "amount": 0.5, "restore": "linear"}, "restore goes with heads and neurons"),
+        ({"target": "layers", "amount": 0.5, "restore": "linear"}, "restore linear goes with heads and neurons"),
         ({"target": "neurons", "amount": 0.5, "criterion": "wanda"}, "is none for neurons"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -328,8 +329,8 @@ def test_table_choice_race_and_loop_together(
     shapes = surgery.shapes(reference.model, reference.family)
     losses = {}
     for block in range(4):
-        losses[Group("encoder", block, 0)] = [0, *(block + 1.0 - k / 4 for k in range(4))]
-        losses[Group("encoder", block)] = [0, *(1 - k / 64 for k in range(64))]
+        losses[Group("encoder", block, 0)] = [math.nan, *(block + 1.0 - k / 4 for k in range(4))]
+        losses[Group("encoder", block)] = [math.nan, *(1 - k / 64 for k in range(64))]
 
     def make(factor: float) -> Bundle:
         result = reference.copy()
